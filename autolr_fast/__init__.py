@@ -1,0 +1,25 @@
+"""Finds the learning rate while a PyTorch training runs."""
+
+from .evaluators import EVALUATORS, Auto, Evaluator, EvaluatorError, InPlace, Stacked
+from .isolation import ClosureError
+from .probe import Probe
+from .scheduler import AutoLR
+from .scoring import FACTORS_3, FACTORS_5, FACTORS_7
+
+__all__ = [
+    "EVALUATORS",
+    "FACTORS_3",
+    "FACTORS_5",
+    "FACTORS_7",
+    "Auto",
+    "AutoLR",
+    "ClosureError",
+    "Evaluator",
+    "EvaluatorError",
+    "InPlace",
+    "Probe",
+    "Stacked",
+    "__version__",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,211 @@
+"""Where the candidates lie: a line through the parameters, and the stacked buffer it is written to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .distributed import ProcessGroup, mean_over_ranks
+from .isolation import Closure, ClosureError, Isolation
+
+__all__ = ["GradientLine", "Line", "StackedBuffer", "StepLine", "candidate_parameters"]
+
+
+def candidate_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Return the parameters the optimizer moves, by their (first) name in the model.
+
+    Args:
+        model: holds every parameter of the optimizer. Its frozen parameters need no optimizer.
+        optimizer: holds every parameter of the model that requires a gradient.
+
+    Returns:
+        Name -> parameter, in the order of ``optimizer.param_groups``.
+
+    Raises:
+        ValueError: if the two do not belong together; names the first parameter that shows it.
+        TypeError: if a parameter is complex or not strided.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters: dict[str, nn.Parameter] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            name = names.pop(id(parameter), None)
+            if name is None:
+                raise ValueError(
+                    f"optimizer.param_groups[{index}]['params'][{position}] (shape {list(parameter.shape)}) is "
+                    f"not a parameter of the model ({type(model).__name__}): build the optimizer from this "
+                    "model's parameters, after anything that replaces them; if it trains several modules, pass "
+                    "nn.ModuleList([...]) of them as the model"
+                )
+            if parameter.is_complex() or parameter.layout != torch.strided:
+                raise TypeError(
+                    f"parameter {name!r} is {parameter.dtype}, {parameter.layout}: only real, strided "
+                    "parameters have candidates; keep a complex one as its real view (torch.view_as_real)"
+                )
+            parameters[name] = parameter
+    missing = [name for name, parameter in model.named_parameters() if id(parameter) in names]
+    missing = [name for name in missing if model.get_parameter(name).requires_grad]
+    if missing:
+        raise ValueError(
+            f"model parameter {missing[0]!r} (and {len(missing) - 1} more) requires a gradient but is not in the "
+            "optimizer: add it to the optimizer, freeze it with requires_grad_(False), or pass as the model the "
+            "module that this optimizer trains"
+        )
+    return parameters
+
+
+class Line(Protocol):
+    """The candidates of a probe: one set of parameters for each factor.
+
+    Attributes:
+        parameters: the P live parameters that differ between candidates.
+        window: how many optimizer steps it spans; 0 if it follows a fresh gradient.
+    """
+
+    parameters: list[nn.Parameter]
+    window: int
+
+    def write(self, factor: float, now: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Write the candidate of one factor.
+
+        Args:
+            factor: scale of the step.
+            now: P tensors, the parameters as training left them.
+            out: P tensors of the same shapes, written in place.
+        """
+
+
+class StepLine:
+    """``prev + f * (now - prev)``: what the optimizer did in its last ``window`` steps, scaled.
+
+    ``f = 1`` is exactly ``now`` and ``f = 0`` exactly ``prev`` (torch.lerp's two-sided formula).
+
+    Args:
+        prev: parameter -> its value before the window.
+        names: parameter names, for the error.
+        window: optimizer steps between ``prev`` and now.
+
+    Raises:
+        RuntimeError: if a parameter changed its shape, dtype or device within the window.
+    """
+
+    def __init__(self, prev: Mapping[nn.Parameter, Tensor], names: Mapping[nn.Parameter, str], window: int):
+        for parameter, before in prev.items():
+            now = (list(parameter.shape), parameter.dtype, parameter.device)
+            then = (list(before.shape), before.dtype, before.device)
+            if now != then:
+                raise RuntimeError(
+                    f"parameter {names[parameter]!r} was {then} before the step and is {now} now: move or "
+                    "convert the model before training, not between optimizer.step() and scheduler.step()"
+                )
+        self.parameters = list(prev)
+        self.window = window
+        self._prev = list(prev.values())
+
+    def write(self, factor: float, now: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Write ``prev + factor * (now - prev)``; see :class:`Line`."""
+        for start, end, target in zip(self._prev, now, out, strict=True):
+            torch.lerp(start, end, factor, out=target)
+
+
+class GradientLine:
+    """``now - f * lr * grad``: the source to the letter, along one fresh gradient of the closure.
+
+    Args:
+        model: its buffers, gradients and random-number streams are left as they are.
+        optimizer: gives the parameters and, for each, the learning rate of its group.
+        closure: returns the scalar loss.
+        process_group: the ranks whose gradients are averaged.
+
+    Raises:
+        ClosureError: if the loss does not depend on the parameters.
+    """
+
+    window = 0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        closure: Closure,
+        process_group: ProcessGroup | None = None,
+    ):
+        rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        trained = [parameter for parameter in rates if parameter.requires_grad]
+        # DistributedDataParallel would wait for a backward() that never comes.
+        alone = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+        with alone, Isolation(model) as isolation:
+            loss = isolation.run(closure, grad=True)
+            if not loss.requires_grad:
+                raise ClosureError(
+                    'direction="gradient" differentiates the loss, but the closure returned a detached one: '
+                    "return loss_fn(model(x), y) itself"
+                )
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+        self.parameters = trained
+        self._gradients = [mean_over_ranks(gradient.to_dense(), process_group) for gradient in gradients]
+        self._rates = [rates[parameter] for parameter in trained]
+
+    def write(self, factor: float, now: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Write ``now - factor * lr * grad``; see :class:`Line`."""
+        for end, rate, gradient, target in zip(now, self._rates, self._gradients, out, strict=True):
+            torch.sub(end, factor * rate * gradient, out=target)
+
+
+class StackedBuffer:
+    """One flat allocation per (device, dtype) that holds ``rows`` candidates, parameter-major.
+
+    Each parameter's candidates are contiguous, ``[rows, *shape]``, and keep the parameter's strides within a
+    row, so that a batched operation reads its operand without a copy.
+
+    Args:
+        parameters: P parameters, of any shapes, dtypes and devices.
+        rows: candidates held at once.
+
+    Attributes:
+        stacked: P tensors ``[rows, *shape]``, views of the flat allocations.
+
+    Example:
+        >>> buffer = StackedBuffer([torch.zeros(2, 3), torch.zeros(4)], rows=5)
+        >>> [list(tensor.shape) for tensor in buffer.stacked]
+        [[5, 2, 3], [5, 4]]
+    """
+
+    _ALIGNMENT = 64  # elements: every parameter starts on a cache line and on a vector load
+
+    def __init__(self, parameters: Sequence[Tensor], rows: int):
+        self.rows = rows
+        self._layout = self._layout_of(parameters)
+        sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+        offsets = []
+        for parameter in parameters:
+            kind = (parameter.device, parameter.dtype)
+            offsets.append(sizes.get(kind, 0))
+            padded = math.ceil(rows * parameter.numel() / self._ALIGNMENT) * self._ALIGNMENT
+            sizes[kind] = offsets[-1] + padded
+        flat = {kind: torch.empty(size, device=kind[0], dtype=kind[1]) for kind, size in sizes.items()}
+        self.stacked = [
+            flat[parameter.device, parameter.dtype].as_strided(
+                (rows, *parameter.shape), (parameter.numel(), *_dense_strides(parameter)), offset
+            )
+            for parameter, offset in zip(parameters, offsets, strict=True)
+        ]
+
+    def fits(self, parameters: Sequence[Tensor], rows: int) -> bool:
+        """Whether this buffer can hold ``rows`` candidates of these parameters."""
+        return rows <= self.rows and self._layout == self._layout_of(parameters)
+
+    @staticmethod
+    def _layout_of(parameters: Sequence[Tensor]) -> list[tuple[object, ...]]:
+        return [(p.shape, p.stride(), p.dtype, p.device) for p in parameters]
+
+
+def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
+    """Return the parameter's own strides if it is dense, else those of a dense tensor most like it."""
+    return torch.empty_like(parameter, device="meta").stride()

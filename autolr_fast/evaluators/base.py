@@ -1,0 +1,55 @@
+"""What an evaluator is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..candidates import Line
+from ..isolation import Closure
+
+__all__ = ["Evaluator", "EvaluatorError"]
+
+
+class EvaluatorError(RuntimeError):
+    """The evaluator cannot serve this model; the cause is chained."""
+
+
+class Evaluator(ABC):
+    """Evaluates one closure at every candidate of a line and leaves no trace.
+
+    Parameters, gradients, buffers and random-number streams are bit for bit what they were when :meth:`losses`
+    returns or raises.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The evaluator that runs, by the name ``AutoLR(evaluator=...)`` takes."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
+        """Return the loss of each candidate.
+
+        Args:
+            model: the module the closure calls.
+            line: where the candidates lie; its parameters are the model's.
+            factors: N factors, one a candidate.
+            closure: returns the scalar loss.
+
+        Returns:
+            [N], on the device and in the dtype of the loss.
+
+        Raises:
+            ClosureError: if the closure does not return a scalar loss, or calls backward.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs to evaluate with the same bits: plain values, none by default."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:  # noqa: B027, an evaluator without state is complete
+        """Take over what :meth:`state` returned."""

@@ -1,0 +1,148 @@
+"""What keeps a probe from being noticed: whatever a closure touches is put back, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Closure", "ClosureError", "Isolation"]
+
+Closure = Callable[[], Tensor]
+"""Returns the scalar loss of one batch; does not call backward."""
+
+
+class ClosureError(TypeError):
+    """The closure is not one: it returned something other than a scalar loss, or called backward."""
+
+
+class Isolation:
+    """Runs a closure any number of times as if it had never run.
+
+    Inside the ``with`` block gradients are out of the closure's reach; at each :meth:`run` the buffers and the
+    random-number streams (torch's on every initialised device, Python's, NumPy's where it is loaded) start
+    from what they were, so all candidates see the same dropout masks. Generators the closure owns are its own.
+
+    Args:
+        model: the module whose gradients and buffers are protected.
+
+    Example:
+        >>> model = nn.BatchNorm1d(2)
+        >>> with Isolation(model) as isolation:
+        ...     loss = isolation.run(lambda: model(torch.randn(4, 2)).square().mean())
+        >>> model.num_batches_tracked.item()
+        0
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    def __enter__(self) -> Isolation:
+        self._gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
+        self._buffers = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in self._model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+
+    def run(self, closure: Closure, grad: bool = False) -> Tensor:
+        """Return the closure's loss.
+
+        Args:
+            closure: called once.
+            grad: whether autograd records the forward.
+
+        Returns:
+            The loss, 0-dim.
+
+        Raises:
+            ClosureError: if the closure does not return a scalar loss tensor, or calls backward.
+        """
+        with self.rewound(), torch.set_grad_enabled(grad):
+            return scalar_loss(closure)
+
+    @contextmanager
+    def rewound(self) -> Iterator[None]:
+        """Put buffers, random-number streams and autocast's cache back at the end of the block."""
+        # Autocast caches casts by tensor: a cast of one candidate's weights must not serve the next.
+        torch.clear_autocast_cache()
+        try:
+            with _forked_rng():
+                yield
+        finally:
+            torch.clear_autocast_cache()
+            with torch.no_grad():
+                for module, name, buffer, saved in self._buffers:
+                    if module._buffers[name] is not buffer:
+                        module._buffers[name] = buffer
+                    buffer.copy_(saved)
+
+
+def scalar_loss(closure: Closure) -> Tensor:
+    """Call the closure and return its loss as a 0-dim tensor, or say what is wrong with it."""
+    remedy = "write it as `lambda: loss_fn(model(x), y)`"
+    try:
+        loss = closure()
+    except RuntimeError as error:
+        if not torch.is_grad_enabled() and "does not require grad" in str(error):
+            raise ClosureError(
+                f"closure called backward(); a probe only needs the loss: {remedy} and keep zero_grad(), "
+                "backward() and optimizer.step() outside"
+            ) from error
+        raise
+    if not isinstance(loss, Tensor):
+        raise ClosureError(
+            f"closure returned {loss!r} ({type(loss).__name__}), not a loss tensor: {remedy}, without .item()"
+        )
+    if loss.numel() != 1:
+        raise ClosureError(
+            f"closure returned a tensor of shape {list(loss.shape)}, not a scalar: reduce it, e.g. .mean()"
+        )
+    if not loss.is_floating_point():
+        raise ClosureError(f"closure returned a {loss.dtype} tensor: a loss is a real floating-point number")
+    return loss.reshape(())
+
+
+@contextmanager
+def _forked_rng() -> Iterator[None]:
+    saved = [(restore, state()) for state, restore in _random_streams()]
+    try:
+        yield
+    finally:
+        for restore, state in saved:
+            restore(state)
+
+
+def _random_streams() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """Return how to read and how to set each random-number stream a closure may draw from."""
+    streams: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+        (random.getstate, random.setstate),
+        (torch.get_rng_state, torch.set_rng_state),
+    ]
+    if numpy := sys.modules.get("numpy"):
+        streams.append((numpy.random.get_state, numpy.random.set_state))
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return streams
+    module = torch.get_device_module(accelerator)
+    if accelerator.type == "mps":
+        streams.append((module.get_rng_state, module.set_rng_state))
+    elif module.is_initialized():  # reading a state must not be what initialises a device
+        streams += [
+            (partial(module.get_rng_state, index), partial(module.set_rng_state, device=index))
+            for index in range(module.device_count())
+        ]
+    return streams

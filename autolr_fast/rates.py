@@ -1,0 +1,126 @@
+"""The level, and the learning rates that follow from it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .annealing import Annealing
+
+__all__ = ["Rates"]
+
+
+class Rates:
+    """Learning rates of all param groups from one level: ``lr = base * level * anneal(step / total_steps)``.
+
+    The level is one number for all groups, in units of each group's base. It is held inside the limits as a
+    whole, so the groups keep their ratios there too. It lives on the device of the learning rates if these are
+    tensors, so that following a probe needs no host synchronisation.
+
+    Args:
+        optimizer: its ``param_groups`` are read and written; tensor learning rates are filled, never replaced.
+        annealing: from the fraction of training done to a multiplier.
+        total_steps: optimizer steps of the whole training; ``None`` for a multiplier of 1.
+        min_lr: lowest learning rate of any group.
+        max_lr: highest learning rate of any group.
+
+    Attributes:
+        base: learning rate of each group at level 1.
+        level: 0-dim float64.
+
+    Raises:
+        ValueError: if a learning rate is not a positive number within the limits.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        annealing: Annealing,
+        total_steps: int | None,
+        min_lr: float,
+        max_lr: float,
+    ):
+        self._optimizer = optimizer
+        self._annealing = annealing
+        self._total_steps = total_steps
+        self._min_lr = min_lr
+        self._max_lr = max_lr
+        groups = optimizer.param_groups
+        rates = [group.get("initial_lr", group["lr"]) for group in groups]
+        self.base: list[float] = []
+        for rate in rates:
+            self._append(rate, scale=1.0)
+        devices = {rate.device if isinstance(rate, Tensor) else torch.device("cpu") for rate in rates}
+        device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+        self.level = torch.ones((), dtype=torch.float64, device=device)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Lowest and highest level (annealing included) at which every group is within its limits."""
+        return self._min_lr / min(self.base), self._max_lr / max(self.base)
+
+    def multiplier(self, step: int) -> float:
+        """Return what annealing multiplies the level by after ``step`` optimizer steps."""
+        if self._total_steps is None:
+            return 1.0
+        return self._annealing(min(1.0, step / self._total_steps))
+
+    def annealed(self, step: int) -> Tensor:
+        """Return the level after ``step`` optimizer steps, annealed and within the limits, 0-dim."""
+        return (self.level * self.multiplier(step)).clamp(*self.limits)
+
+    def set_level(self, level: Tensor | float) -> None:
+        """Set the level, held inside the limits."""
+        self.level = torch.as_tensor(level).to(self.level).clamp(*self.limits)
+
+    def apply(self, step: int) -> None:
+        """Write the learning rates after ``step`` optimizer steps into the param groups."""
+        annealed = self.annealed(step)
+        for group, base in zip(self._optimizer.param_groups, self.base, strict=True):
+            lr = (base * annealed).clamp(self._min_lr, self._max_lr)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(lr)
+            else:
+                group["lr"] = lr.item()
+
+    def current(self) -> list[float | Tensor]:
+        """Return the learning rates in the param groups; tensors as copies."""
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+    def adopt_new_groups(self, step: int) -> None:
+        """Give groups that were added to the optimizer a base: from now on their ratio to the others holds."""
+        groups = self._optimizer.param_groups
+        if len(groups) < len(self.base):
+            raise ValueError(
+                f"the optimizer has {len(groups)} param groups and had {len(self.base)}: groups can be added, not "
+                "removed; freeze their parameters with requires_grad_(False) instead"
+            )
+        for group in groups[len(self.base) :]:
+            self._append(group["lr"], scale=self.annealed(step).item())
+            group.setdefault("initial_lr", self.base[-1])
+
+    def _append(self, rate: float | Tensor, scale: float) -> None:
+        index = len(self.base)
+        if isinstance(rate, Tensor) and rate.numel() != 1:
+            raise ValueError(f"lr of param group {index} has shape {list(rate.shape)}: use a 0-dim tensor")
+        value = float(rate)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"lr={value} of param group {index} is not positive and finite: any positive number is a start; to "
+                "freeze a group use requires_grad_(False)"
+            )
+        if not self._min_lr <= value <= self._max_lr:
+            raise ValueError(
+                f"lr={value} of param group {index} is outside min_lr={self._min_lr} .. max_lr={self._max_lr}: "
+                "change lr or the limit"
+            )
+        bases = [*self.base, value / scale]
+        if max(bases) / min(bases) > self._max_lr / self._min_lr:
+            raise ValueError(
+                f"lr={value} of param group {index} makes the ratio between groups larger than that of "
+                f"max_lr={self._max_lr} to min_lr={self._min_lr}: widen the limits"
+            )
+        self.base.append(value / scale)

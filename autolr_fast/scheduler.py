@@ -1,0 +1,366 @@
+"""AutoLR: the learning-rate scheduler that looks instead of guessing."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from .annealing import Annealing, resolve_annealing
+from .calibration import Look, search, steady_state
+from .candidates import GradientLine, Line, StepLine, candidate_parameters
+from .distributed import ProcessGroup, mean_over_ranks
+from .evaluators import Evaluator, resolve_evaluator
+from .isolation import Closure
+from .probe import Probe
+from .rates import Rates
+from .scoring import FACTORS_3, NORMALIZATIONS, SCORES, Rule, check_factors, resolve, weigh
+from .snapshots import Cadence, Snapshots
+
+__all__ = ["AutoLR"]
+
+
+class AutoLR(LRScheduler):
+    """Moves the learning rate towards the factors at which the last steps would have lowered the loss more.
+
+    A probe evaluates the loss at N scaled versions of what the optimizer did in its last steps,
+    ``prev + f * (now - prev)``, and multiplies the learning rate by the score-weighted geometric mean of the
+    factors. It changes nothing but the learning rate. Probing finds the *level*; annealing takes it to zero:
+    ``lr = level * anneal(fraction of training done)``.
+
+    The rule is Algorithm 1 of Kim & Yu, "Automated learning rate scheduling with in-training information";
+    :meth:`paper` gives their own setting. The defaults (calibration, two windows in turn, a probe every ten
+    steps, annealing) are what keeps that rule from running away under momentum and Adam.
+
+    Args:
+        optimizer: any :class:`torch.optim.Optimizer` but LBFGS. Its param groups keep their ratios to each
+            other; a group added later keeps its ratio from then on.
+        model: the module whose parameters the optimizer trains, wrapped or compiled or not.
+        factors: N different positive numbers.
+        score: ``"exp"``, or a callable from x [N] to weights [N], not negative.
+        normalize: what the score sees: ``"minmax"``, ``"zscore"``, ``"sum"`` (losses over their absolute sum),
+            ``"none"``, or a callable from losses [N] to x [N]. A loss that is not finite weighs 0 and is shown
+            as the largest finite one.
+        every: optimizer steps from probe to probe after calibration; ``None`` for no more probes.
+        window: optimizer steps that the line of candidates spans: one number, or several that take turns.
+        direction: ``"step"`` for the line through what the optimizer did; ``"gradient"`` for
+            ``now - f * lr * grad`` with a fresh gradient of the closure (``window`` then plays no part).
+        calibrate: how many of the first optimizer steps are all probed. The first probe repeats the search
+            along its step until the factor settles, and takes that step again at the rate found: the one time
+            that parameters change. 0 for none.
+        total_steps: optimizer steps of the whole training. Without it there is no annealing.
+        anneal: ``"cosine"``, ``"linear"``, or a callable from the fraction of training done to a multiplier.
+            The logarithm of each factor is scaled by it too, so that the level does not climb against it.
+        min_lr: lowest learning rate of any param group, annealing included.
+        max_lr: highest learning rate of any param group.
+        evaluator: ``"auto"`` (stacked, or in place with one warning), ``"inplace"``, ``"stacked"``, or an
+            :class:`~autolr_fast.Evaluator` such as ``Stacked(max_memory=2**30)``. One asked for by name never
+            falls back.
+        process_group: the ranks whose losses are averaged before scoring; ``None`` is the default group, where
+            ``torch.distributed`` is initialised.
+
+    Attributes:
+        last_probe: what the last probe saw, a :class:`~autolr_fast.Probe`, or ``None``.
+        last_epoch: optimizer steps done at the last :meth:`step`.
+
+    Raises:
+        TypeError: if an argument is of a kind that cannot be meant.
+        ValueError: if an argument has a value that cannot be meant, or model and optimizer do not belong
+            together.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+        >>> scheduler = AutoLR(optimizer, model, total_steps=100)
+        >>> x, y = torch.randn(64, 4), torch.ones(64, 1)
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     nn.functional.mse_loss(model(x), y).backward()
+        ...     optimizer.step()
+        ...     scheduler.step(lambda: nn.functional.mse_loss(model(x), y))
+        >>> len(scheduler.last_probe.losses), scheduler.level[0] > 1e-2
+        (3, True)
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        factors: Sequence[float] = FACTORS_3,
+        score: str | Rule = "exp",
+        normalize: str | Rule = "minmax",
+        every: int | None = 10,
+        window: int | Sequence[int] = (1, 2),
+        direction: str = "step",
+        calibrate: int = 20,
+        total_steps: int | None = None,
+        anneal: str | Annealing = "cosine",
+        min_lr: float = 1e-12,
+        max_lr: float = 1e4,
+        evaluator: str | Evaluator = "auto",
+        process_group: ProcessGroup | None = None,
+    ):
+        _check_optimizer(optimizer)
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model={model!r}: expected the nn.Module whose parameters the optimizer trains, "
+                "as in AutoLR(optimizer, model)"
+            )
+        candidate_parameters(model, optimizer)
+        if direction not in ("step", "gradient"):
+            raise ValueError(f"direction={direction!r} is not known: use 'step' or 'gradient'")
+        windows = tuple(window) if isinstance(window, Sequence) else (window,)
+        for count in windows or (None,):
+            _check_count("window", count, at_least=1)
+        _check_count("calibrate", calibrate, at_least=0)
+        if every is not None:
+            _check_count("every", every, at_least=1)
+        if total_steps is not None:
+            _check_count("total_steps", total_steps, at_least=1)
+        if not 0 < min_lr <= max_lr < math.inf:
+            raise ValueError(f"min_lr={min_lr}, max_lr={max_lr}: need 0 < min_lr <= max_lr, both finite")
+
+        self.model = model
+        self.factors = check_factors(factors)
+        self.direction = direction
+        self.total_steps = total_steps
+        self.evaluator = resolve_evaluator(evaluator)
+        self.process_group = process_group
+        self.last_probe: Probe | None = None
+        self._score = resolve("score", score, SCORES, len(self.factors))
+        self._normalize = resolve("normalize", normalize, NORMALIZATIONS, len(self.factors))
+        self._rates = Rates(optimizer, resolve_annealing(anneal), total_steps, min_lr, max_lr)
+        self._cadence = Cadence(every, calibrate, windows)
+        follows_steps = direction == "step"
+        self._snapshots = Snapshots(optimizer, self._cadence if follows_steps else Cadence(None, 0, (1,)))
+        self._searched = calibrate == 0
+        self._probed_step = 0
+        self._warned: set[str] = set()
+        super().__init__(optimizer)
+        self.base_lrs: list[float] = self._rates.base  # type: ignore[assignment]
+
+    @classmethod
+    def paper(cls, optimizer: torch.optim.Optimizer, model: nn.Module, **overrides: Any) -> AutoLR:
+        """Return the source's own setting: the last step only, every step, no calibration, no annealing.
+
+        With momentum or Adam it climbs to a learning rate that ruins the network; see the README.
+
+        Args:
+            optimizer: as in :class:`AutoLR`.
+            model: as in :class:`AutoLR`.
+            **overrides: any argument of :class:`AutoLR`.
+
+        Example:
+            >>> model = nn.Linear(4, 1)
+            >>> AutoLR.paper(torch.optim.SGD(model.parameters(), lr=0.005), model)
+            AutoLR(lr=[0.005], factors=(2.0, 1.0, 0.5), every=1, window=1, calibrate=0, evaluator='stacked')
+        """
+        setting: dict[str, Any] = {"every": 1, "window": 1, "calibrate": 0}
+        return cls(optimizer, model, **{**setting, **overrides})
+
+    def step(self, closure: Closure | None = None) -> None:  # type: ignore[override]
+        """Do what is due after an optimizer step: probe, anneal, or nothing.
+
+        Call it after every ``optimizer.step()``. Calls with no optimizer step in between are one.
+
+        Args:
+            closure: returns the scalar loss of one batch and does not call backward. It runs only when a probe
+                is due: N times, each time with the same random numbers. Without it no probe is made.
+
+        Raises:
+            TypeError: if ``closure`` is not callable.
+            ClosureError: if it does not return a scalar loss tensor, or calls backward.
+            ValueError: if model and optimizer no longer hold the same parameters.
+        """
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"closure={closure!r}: step takes a callable that returns the loss, "
+                "as in scheduler.step(lambda: loss_fn(model(x), y))"
+            )
+        now = self._snapshots.steps
+        due = self._cadence.window_at(now) if self._probed_step != now else None
+        if now == self.last_epoch and (closure is None or due is None):
+            return
+        self._rates.adopt_new_groups(max(self.last_epoch, 0))
+        self._warn_of_missed_probes(now)
+        if closure is not None and due is not None:
+            self._probe(closure, due, now)
+        self.last_epoch = now
+        self._step_count = now + 1
+        self._apply()
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the learning rate of each param group; the same as :meth:`get_last_lr`."""
+        return self._rates.current()
+
+    @property
+    def level(self) -> list[float]:
+        """The learning rate of each param group before annealing."""
+        return [base * self._rates.level.item() for base in self._rates.base]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: plain values, and the snapshot of a window that is open; never the candidates.
+
+        It loads with ``torch.load(weights_only=True)``. A run resumed from it (and from model, optimizer and
+        random-number state) is bit for bit the one that was not interrupted.
+        """
+        return {
+            "last_epoch": self.last_epoch,
+            "optimizer_steps": self._snapshots.steps,
+            "probed_step": self._probed_step,
+            "searched": self._searched,
+            "base_lrs": list(self._rates.base),
+            "level": self._rates.level.item(),
+            "evaluator": self.evaluator.state(),
+            "snapshots": self._snapshots.state(self._parameters()),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, and set the learning rates to it.
+
+        Args:
+            state_dict: of a scheduler with the same arguments and as many param groups.
+
+        Raises:
+            ValueError: if keys are missing or unknown, or the number of param groups differs.
+        """
+        expected = set(self.state_dict())
+        if set(state_dict) != expected:
+            raise ValueError(
+                f"state_dict has the keys {sorted(state_dict)}, not {sorted(expected)}: "
+                "pass what AutoLR.state_dict() returned"
+            )
+        groups = len(self.optimizer.param_groups)
+        if len(state_dict["base_lrs"]) != groups:
+            raise ValueError(
+                f"state_dict is of {len(state_dict['base_lrs'])} param groups and the optimizer has {groups}: "
+                "give the optimizer the same groups before loading"
+            )
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = self.last_epoch + 1
+        self._probed_step = state_dict["probed_step"]
+        self._searched = state_dict["searched"]
+        self._rates.base[:] = state_dict["base_lrs"]
+        self._rates.set_level(state_dict["level"])
+        self.evaluator.load(state_dict["evaluator"])
+        steps, taken = state_dict["optimizer_steps"], state_dict["snapshots"]
+        self._snapshots.load(steps, taken, self._parameters())
+        self._apply()
+
+    def __repr__(self) -> str:
+        lrs = ", ".join(f"{float(lr):.4g}" for lr in self.get_last_lr())
+        windows = self._cadence.windows
+        return (
+            f"AutoLR(lr=[{lrs}], factors={self.factors}, every={self._cadence.every}, "
+            f"window={windows[0] if len(windows) == 1 else windows}, calibrate={self._cadence.calibrate}, "
+            f"evaluator={self.evaluator.name!r})"
+        )
+
+    def _probe(self, closure: Closure, window: int, now: int) -> None:
+        parameters = candidate_parameters(self.model, self.optimizer)
+        line: Line
+        if self.direction == "gradient":
+            line = GradientLine(self.model, self.optimizer, closure, self.process_group)
+        elif prev := self._snapshots.before_window(window):
+            line = StepLine(prev, {parameter: name for name, parameter in parameters.items()}, window)
+        else:
+            return
+        lr_before = self._rates.current()
+        if self._searched or now > self._cadence.calibrate:
+            rounds, seen = 1, self._look(line, self.factors, closure)
+            self._rates.set_level(self._rates.level * seen.factor ** self._rates.multiplier(now))
+        else:
+            rounds, seen = self._search(line, closure)
+        self._probed_step = now
+        self._snapshots.drop_used()
+        self._rates.apply(now)
+        self.last_probe = Probe(
+            step=now,
+            window=line.window,
+            **seen._asdict(),
+            lr_before=lr_before,
+            lr_after=self._rates.current(),
+            evaluator=self.evaluator.name,
+            rounds=rounds,
+        )
+
+    def _look(self, line: Line, factors: Sequence[float], closure: Closure) -> Look:
+        losses = self.evaluator.losses(self.model, line, factors, closure)
+        losses = mean_over_ranks(losses.double(), self.process_group).to(self._rates.level.device)
+        return Look(factors, losses, *weigh(losses, self.factors, self._normalize, self._score))
+
+    def _search(self, line: Line, closure: Closure) -> tuple[int, Look]:
+        taken = self._rates.annealed(max(self.last_epoch, 0)).item()
+        lowest, highest = (limit / taken for limit in self._rates.limits)
+        ratio, seen, rounds = search(
+            lambda ratio: self._look(line, tuple(ratio * f for f in self.factors), closure), lowest, highest
+        )
+        if not seen.losses.isfinite().any():
+            self._warn_once(
+                "AutoLR could not calibrate: the loss was not finite at any scale of the step. Parameters and "
+                "learning rate stay as they are; the next probe tries again. Check the first batch and the loss."
+            )
+            return rounds, seen._replace(factor=torch.ones_like(seen.factor))
+        if line.window and ratio != 1.0:
+            with torch.no_grad():
+                line.write(ratio, [parameter.clone() for parameter in line.parameters], line.parameters)
+        self._rates.set_level(taken * ratio * steady_state(self.optimizer))
+        self._searched = True
+        return rounds, seen._replace(factor=torch.full_like(seen.factor, ratio))
+
+    def _apply(self) -> None:
+        self._rates.apply(self.last_epoch)
+        self._last_lr = self._rates.current()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _warn_of_missed_probes(self, now: int) -> None:
+        steps = range(max(self.last_epoch, 0), now)
+        if any(self._cadence.window_at(step) and step != self._probed_step for step in steps):
+            self._warn_once(
+                "a probe was due, but scheduler.step was called without a closure, or not after every "
+                "optimizer.step(): the learning rate was not searched. Call "
+                "scheduler.step(lambda: loss_fn(model(x), y)) after every optimizer.step()."
+            )
+        if self.total_steps is not None and now > self.total_steps:
+            self._warn_once(
+                f"training goes on past total_steps={self.total_steps}, where annealing has ended and the learning "
+                "rate is at its lowest: pass the number of optimizer steps of the whole training"
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r}: expected a torch.optim.Optimizer; the closure goes to step(), "
+            "as in AutoLR(optimizer, model) and scheduler.step(closure)"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__}: its step is a whole search of its own, which its lr does not "
+            "scale; use it without AutoLR (line_search_fn='strong_wolfe'), or another optimizer"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(
+            "optimizer has differentiable=True, and its step becomes part of an autograd graph that writing "
+            "candidates would break; build it with differentiable=False"
+        )
+
+
+def _check_count(name: str, value: object, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected a whole number of optimizer steps, {at_least} or more")
+    if value < at_least:
+        raise ValueError(f"{name}={value!r}: expected {at_least} or more optimizer steps")
