@@ -36,12 +36,12 @@ class Auto(Evaluator):
             return self._chosen.losses(model, line, factors, closure)
         except Exception as error:
             # As text: the exception holds the frames of the failed forward, and with them its memory.
-            cause = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}"
+            cause = getattr(error, "reason", f"{type(error).__name__}: {error}")
         in_place = InPlace()
         losses = in_place.losses(model, line, factors, closure)  # a closure at fault raises again, here
         warnings.warn(
-            f"AutoLR evaluates the candidates one after another (evaluator 'inplace'), since batching them "
-            f'failed: {cause}. Pass evaluator="inplace" to silence this.',
+            f"AutoLR evaluates the candidates one after another, since batching them failed: {cause}. "
+            "Pass evaluator='inplace' to choose that and silence this.",
             UserWarning,
             stacklevel=2,
         )

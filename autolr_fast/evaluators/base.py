@@ -15,7 +15,20 @@ __all__ = ["Evaluator", "EvaluatorError"]
 
 
 class EvaluatorError(RuntimeError):
-    """The evaluator cannot serve this model; the cause is chained."""
+    """The evaluator cannot serve this model.
+
+    Args:
+        evaluator: its name.
+        model: what it cannot serve.
+        reason: why, also kept as an attribute.
+    """
+
+    def __init__(self, evaluator: str, model: nn.Module, reason: str):
+        self.reason = reason
+        super().__init__(
+            f"evaluator {evaluator!r} cannot serve {type(model).__name__}: {reason} "
+            "(evaluator='inplace' works with any model, 'auto' uses what works)"
+        )
 
 
 class Evaluator(ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -73,22 +74,21 @@ class Stacked(Evaluator):
         scrambled = _ScrambledLine(line)
         # In place first: what is the closure's own fault raises as itself.
         in_place = InPlace().losses(model, scrambled, (1.0, 2.0), closure)
-        remedy = "evaluator='inplace' works with any model, 'auto' picks what works"
         try:
             batched = self._in_chunks(model, scrambled, (1.0, 2.0), closure).double()
         except Exception as error:
-            raise EvaluatorError(
-                f"evaluator 'stacked' cannot batch {type(model).__name__}: {error} ({remedy})"
-            ) from error
+            raise EvaluatorError(self.name, model, f"{type(error).__name__}: {error}") from error
         exact = in_place.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
             in_place.device.type
         )
         tolerance = 1e-3 if exact else 5e-2
         if not torch.allclose(batched, in_place.double(), rtol=tolerance, atol=tolerance, equal_nan=True):
             raise EvaluatorError(
-                f"evaluator 'stacked' gets the losses {batched.tolist()} where {type(model).__name__} gives "
-                f"{in_place.tolist()}: it uses weights that torch.func.functional_call does not replace, or an "
-                f"operation that vmap treats differently ({remedy})"
+                self.name,
+                model,
+                f"batched, two test losses are {batched.tolist()} and should be {in_place.tolist()}; it uses "
+                "weights that torch.func.functional_call does not replace, or an operation, such as dropout inside "
+                "attention, that vmap treats differently",
             )
 
     def _in_chunks(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
@@ -134,7 +134,9 @@ class Stacked(Evaluator):
         batched = torch.vmap(
             lambda tensors: functional_call(evaluated, tensors, (), tie_weights=False), randomness="same"
         )
-        with isolation.rewound():
+        with isolation.rewound(), warnings.catch_warnings():
+            # An operation that vmap unrolls is right all the same.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
             losses: Tensor = batched(tensors)
         return losses.detach()
 

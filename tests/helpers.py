@@ -1,0 +1,174 @@
+"""Models, batches and the independent loops that the tests compare with."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"lr": 0.05}),
+    "sgd-momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "sgd-nesterov": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}),
+    "sgd-maximize": (torch.optim.SGD, {"lr": 0.01, "maximize": True}),
+    "sgd-fused": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "fused": True}),
+    "adam": (torch.optim.Adam, {"lr": 0.01}),
+    "adam-foreach": (torch.optim.Adam, {"lr": 0.01, "foreach": True}),
+    "adam-fused": (torch.optim.Adam, {"lr": 0.01, "fused": True}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+    "adamw-amsgrad": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True, "foreach": True}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
+    "rmsprop-foreach": (torch.optim.RMSprop, {"lr": 0.01, "foreach": True}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.05}),
+    "adagrad-fused": (torch.optim.Adagrad, {"lr": 0.05, "fused": True}),
+}
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is also the output layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.output = nn.Linear(6, 11, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.output(self.embedding(x).mean(1))
+
+
+class Recurrent(nn.Module):
+    """vmap has no rule for its LSTM."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(5, 7, batch_first=True)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class KeepsWeights(nn.Module):
+    """Keeps a second reference to its weight, out of functional_call's reach: batched, it is silently wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(5, 3)
+        self.kept = [self.inner.weight]
+
+    def forward(self, x):
+        return F.linear(x, self.kept[0], self.inner.bias)
+
+
+class UpdatesBuffer(nn.Module):
+    """Its buffer enters the loss and is replaced at every forward, as in spectral norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(5, 3)
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x):
+        self.scale = self.scale * 0.5 + self.inner(x).detach().mean(0)
+        return self.inner(x) * self.scale
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def convnet(dropout=0.3):
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Dropout(dropout), nn.Linear(4 * 16, 3),
+    )  # fmt: skip
+
+
+def frozen_mlp():
+    model = mlp()
+    model[0].requires_grad_(False)
+    return model
+
+
+def transformer(dropout=0.0):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(32, 3))
+
+
+def spectral():
+    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 8)), nn.Linear(8, 3))
+
+
+def vectors():
+    return torch.randn(12, 5)
+
+
+# name -> (model, input)
+MODELS = {
+    "mlp": (mlp, vectors),
+    "convnet": (convnet, lambda: torch.randn(12, 2, 4, 4)),
+    "frozen": (frozen_mlp, vectors),
+    "tied": (Tied, lambda: torch.randint(11, (12, 4))),
+    "transformer": (transformer, lambda: torch.randn(12, 4, 8)),
+    "updates-buffer": (UpdatesBuffer, vectors),
+    "spectral-norm": (spectral, vectors),
+    "attention-dropout": (lambda: transformer(0.1), lambda: torch.randn(12, 4, 8)),
+    "channels-last": (
+        lambda: convnet().to(memory_format=torch.channels_last),
+        lambda: torch.randn(12, 2, 4, 4).to(memory_format=torch.channels_last),
+    ),
+}
+
+# vmap has no rule for an operation of the first, and draws other dropout masks in the second.
+UNBATCHED = {"spectral-norm", "attention-dropout"}
+
+
+def problem(name):
+    """A seeded model, and a closure maker: ``loss_of(model)`` is its loss on one fixed batch."""
+    make, inputs = MODELS[name]
+    torch.manual_seed(1)
+    model, x = make(), inputs()
+    y = torch.randint(3, (12,))
+    return model, lambda model: F.cross_entropy(model(x), y)
+
+
+def train_step(model, optimizer, loss_of):
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    optimizer.step()
+
+
+def parameters_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def losses_of_copies(model, prev, factors, loss_of):
+    """The loop over deep copies: each candidate in a copy of its own, with the same random numbers."""
+    losses = []
+    for factor in factors:
+        candidate = copy.deepcopy(model)
+        with torch.no_grad(), torch.random.fork_rng():
+            for name, parameter in candidate.named_parameters():
+                if name in prev:
+                    parameter.copy_(torch.lerp(prev[name], parameter, factor))
+            losses.append(loss_of(candidate).item())
+    return losses
+
+
+def everything(model, optimizer):
+    """All that a probe must not touch, as one comparable list of tensors."""
+    state = [*model.parameters(), *model.buffers(), torch.get_rng_state()]
+    state += [p.grad for p in model.parameters() if p.grad is not None]
+    for entry in optimizer.state.values():
+        state += [value for value in entry.values() if isinstance(value, torch.Tensor)]
+    return [tensor.detach().clone() for tensor in state]
+
+
+def assert_same(before, after):
+    assert len(before) == len(after)
+    for a, b in zip(before, after, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert torch.equal(a, b)

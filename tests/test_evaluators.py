@@ -1,0 +1,339 @@
+import contextlib
+import math
+import random
+import warnings
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autolr_fast import EVALUATORS, FACTORS_5, Auto, ClosureError, EvaluatorError, InPlace, Stacked
+from autolr_fast.candidates import StepLine
+from autolr_fast.evaluators import resolve_evaluator
+from autolr_fast.isolation import Isolation
+
+from .helpers import (
+    MODELS,
+    UNBATCHED,
+    KeepsWeights,
+    Recurrent,
+    assert_same,
+    everything,
+    losses_of_copies,
+    mlp,
+    parameters_of,
+    problem,
+    train_step,
+)
+
+BATCHED = sorted(set(MODELS) - UNBATCHED)
+
+
+def probed(model, loss_of, **kwargs):
+    """The optimizer, and the line over one real step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3, momentum=0.9)
+    train_step(model, optimizer, loss_of)
+    before = parameters_of(model)
+    train_step(model, optimizer, loss_of)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    prev = {parameter: before[name] for parameter, name in names.items() if parameter.requires_grad}
+    return optimizer, StepLine(prev, names, window=1), before
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_in_place_equals_deep_copies_bitwise(name):
+    model, loss_of = problem(name)
+    _, line, prev = probed(model, loss_of)
+    expected = losses_of_copies(model, prev, FACTORS_5, loss_of)
+    losses = InPlace().losses(model, line, FACTORS_5, lambda: loss_of(model))
+    assert losses.tolist() == expected
+    assert len(set(expected)) == len(FACTORS_5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("name", BATCHED)
+def test_stacked_equals_deep_copies(name, rows):
+    model, loss_of = problem(name)
+    _, line, prev = probed(model, loss_of)
+    one = sum(parameter.numel() * parameter.element_size() for parameter in line.parameters)
+    evaluator = Stacked(max_memory=rows * one)
+    losses = evaluator.losses(model, line, FACTORS_5, lambda: loss_of(model))
+    expected = losses_of_copies(model, prev, FACTORS_5, loss_of)
+    torch.testing.assert_close(losses.tolist(), expected, rtol=1e-5, atol=1e-6)
+    assert evaluator.state() == {"chunk": rows}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "atol", "rtol"),
+    [(torch.float64, 1e-12, 1e-12), (torch.float32, 1e-6, 1e-5), (torch.bfloat16, 0.03, 0.02)],
+)
+@pytest.mark.parametrize("name", ["mlp", "convnet"])
+def test_dtypes(name, dtype, atol, rtol):
+    model, _ = problem(name)
+    model.to(dtype)
+    x, y = MODELS[name][1]().to(dtype), torch.randint(3, (12,))
+
+    def loss_of(model):
+        return F.cross_entropy(model(x), y)
+
+    _, line, prev = probed(model, loss_of)
+    expected = torch.tensor(losses_of_copies(model, prev, FACTORS_5, loss_of), dtype=dtype)
+    assert torch.equal(InPlace().losses(model, line, FACTORS_5, lambda: loss_of(model)), expected)
+    stacked = Stacked().losses(model, line, FACTORS_5, lambda: loss_of(model))
+    torch.testing.assert_close(stacked, expected, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("evaluator", sorted(EVALUATORS))
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_nothing_changes(name, evaluator):
+    model, loss_of = problem(name)
+    optimizer, line, _ = probed(model, loss_of)
+    before = everything(model, optimizer)
+    objects = [id(t) for t in (*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()))]
+    addresses = [p.data_ptr() for p in model.parameters()]
+    others = (random.getstate(), numpy.random.get_state(legacy=False)["state"])
+
+    def closure():
+        random.random()
+        numpy.random.rand()
+        return loss_of(model)
+
+    expected = contextlib.nullcontext()
+    if name in UNBATCHED and evaluator == "stacked":
+        expected = pytest.raises(EvaluatorError)
+    elif name in UNBATCHED and evaluator == "auto":
+        expected = pytest.warns(UserWarning, match="one after another")
+    with expected:
+        resolve_evaluator(evaluator).losses(model, line, FACTORS_5, closure)
+    assert_same(before, everything(model, optimizer))
+    assert objects == [
+        id(t) for t in (*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()))
+    ]
+    assert addresses == [p.data_ptr() for p in model.parameters()]
+    assert others[0] == random.getstate()
+    numpy.testing.assert_equal(others[1], numpy.random.get_state(legacy=False)["state"])
+
+
+@pytest.mark.parametrize("name", ["convnet", "updates-buffer", "tied"])
+@pytest.mark.parametrize("evaluator", sorted(EVALUATORS))
+@pytest.mark.parametrize("raise_at", range(1, 12))
+def test_nothing_changes_when_the_closure_raises(name, evaluator, raise_at):
+    """At each call: in the check that Stacked makes of a new model, and at each candidate (chunks of one)."""
+    model, loss_of = problem(name)
+    optimizer, line, _ = probed(model, loss_of)
+    before = everything(model, optimizer)
+    calls = 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        loss = loss_of(model)
+        if calls >= raise_at:
+            raise KeyError("user's own")
+        return loss
+
+    chosen = Stacked(max_memory=1) if evaluator == "stacked" else resolve_evaluator(evaluator)
+    reached = {"inplace": 5, "stacked": 2 + 2 + 5, "auto": 2 + 1 + 1}[evaluator]
+    if raise_at > reached:
+        chosen.losses(model, line, FACTORS_5, closure)
+    else:
+        with pytest.raises((KeyError, EvaluatorError)) as raised:
+            chosen.losses(model, line, FACTORS_5, closure)
+        assert isinstance(raised.value.__cause__ or raised.value, KeyError)
+    assert_same(before, everything(model, optimizer))
+
+
+@pytest.mark.parametrize("evaluator", ["inplace", "stacked"])
+def test_same_dropout_masks_for_all(evaluator):
+    """Candidates that are all alike differ by their masks alone: equal losses mean equal masks."""
+    model = nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), nn.Linear(64, 3))
+    x, y = torch.randn(8, 5), torch.randint(3, (8,))
+    line = StepLine({p: p.detach().clone() for p in model.parameters()}, {}, window=1)
+    chosen = Stacked(max_memory=1) if evaluator == "stacked" else InPlace()
+    losses = chosen.losses(model, line, FACTORS_5, lambda: F.cross_entropy(model(x), y))
+    assert len(set(losses.tolist())) == 1
+    torch.manual_seed(0)
+    masked = {F.cross_entropy(model(x), y).item() for _ in range(5)}
+    assert len(masked) == 5
+
+
+def test_auto_falls_back_once_and_names_the_cause():
+    model = Recurrent()
+    x, y = torch.randn(6, 4, 5), torch.randint(3, (6,))
+
+    def loss_of(model):
+        return F.cross_entropy(model(x), y)
+
+    _, line, prev = probed(model, loss_of)
+    auto = Auto()
+    assert auto.name == "stacked"
+    with pytest.warns(UserWarning, match="one after another.*lstm.*evaluator='inplace'"):
+        losses = auto.losses(model, line, FACTORS_5, lambda: loss_of(model))
+    assert auto.name == "inplace"
+    assert losses.tolist() == losses_of_copies(model, prev, FACTORS_5, loss_of)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        auto.losses(model, line, FACTORS_5, lambda: loss_of(model))
+
+
+def test_named_evaluator_raises_with_cause_and_names():
+    model = Recurrent()
+    x = torch.randn(6, 4, 5)
+    _, line, _ = probed(model, lambda model: model(x).square().mean())
+    with pytest.raises(EvaluatorError, match="'stacked' cannot serve Recurrent.*lstm.*'inplace'.*'auto'") as raised:
+        Stacked().losses(model, line, FACTORS_5, lambda: model(x).square().mean())
+    assert "lstm" in str(raised.value.__cause__)
+
+
+def test_weights_out_of_reach_are_noticed():
+    model = KeepsWeights()
+    x, y = torch.randn(6, 5), torch.randint(3, (6,))
+
+    def loss_of(model):
+        return F.cross_entropy(model(x), y)
+
+    _, line, prev = probed(model, loss_of)
+    with pytest.raises(EvaluatorError, match="weights that torch.func.functional_call does not replace"):
+        Stacked().losses(model, line, FACTORS_5, lambda: loss_of(model))
+    with pytest.warns(UserWarning, match="does not replace"):
+        losses = Auto().losses(model, line, FACTORS_5, lambda: loss_of(model))
+    # deepcopy breaks the second reference in the same way, so the candidates are evaluated by hand
+    now = parameters_of(model)
+    for factor, loss in zip(FACTORS_5, losses.tolist(), strict=True):
+        weight, bias = (torch.lerp(prev[k], now[k], factor) for k in ("inner.weight", "inner.bias"))
+        assert F.cross_entropy(F.linear(x, weight, bias), y).item() == loss
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: not enough memory")])  # fmt: skip
+@pytest.mark.parametrize("evaluator", ["auto", "stacked"])
+def test_out_of_memory_means_a_smaller_chunk(evaluator, error, monkeypatch):
+    model, loss_of = problem("convnet")
+    optimizer, line, prev = probed(model, loss_of)
+    expected = losses_of_copies(model, prev, FACTORS_5, loss_of)
+    before = everything(model, optimizer)
+    chunks = []
+    vmap = torch.vmap
+
+    def vmap_that_fits_two(function, **kwargs):
+        def batched(tensors):
+            rows = len(next(iter(tensors.values())))
+            chunks.append(rows)
+            if rows > 2:
+                raise error
+            return vmap(function, **kwargs)(tensors)
+
+        return batched
+
+    monkeypatch.setattr(torch, "vmap", vmap_that_fits_two)
+    chosen = resolve_evaluator(evaluator)
+    losses = chosen.losses(model, line, FACTORS_5, lambda: loss_of(model))
+    torch.testing.assert_close(losses.tolist(), expected, rtol=1e-5, atol=1e-6)
+    assert chunks == [2, 5, 3, 2, 2, 1]
+    assert chosen.name == "stacked"
+    assert_same(before, everything(model, optimizer))
+
+
+def test_out_of_memory_at_one_candidate():
+    model, loss_of = problem("mlp")
+    optimizer, line, prev = probed(model, loss_of)
+    before = everything(model, optimizer)
+
+    def closure():
+        if torch._C._functorch.maybe_get_level(next(iter(model.parameters()))) > 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return loss_of(model)
+
+    with pytest.raises(EvaluatorError, match="out of memory"):
+        Stacked().losses(model, line, FACTORS_5, closure)
+    assert_same(before, everything(model, optimizer))
+    with pytest.warns(UserWarning, match="out of memory"):
+        losses = Auto().losses(model, line, FACTORS_5, closure)
+    assert losses.tolist() == losses_of_copies(model, prev, FACTORS_5, loss_of)
+
+
+@pytest.mark.parametrize("evaluator", sorted(EVALUATORS))
+@pytest.mark.parametrize("inside", [True, False], ids=["in-closure", "around-step"])
+def test_autocast_never_serves_a_stale_candidate(evaluator, inside):
+    model, plain = problem("mlp")
+
+    def loss_of(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return plain(model)
+
+    _, line, prev = probed(model, loss_of)
+    expected = losses_of_copies(model, prev, FACTORS_5, loss_of)
+    assert len(set(expected)) == len(FACTORS_5)
+    chosen = resolve_evaluator(evaluator)
+    if inside:
+        losses = chosen.losses(model, line, FACTORS_5, lambda: loss_of(model))
+    else:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            plain(model)  # the cache now holds casts of the live weights
+            losses = chosen.losses(model, line, FACTORS_5, lambda: plain(model))
+            after = plain(model)
+        assert after.item() == loss_of(model).item()
+    tolerance = {"rtol": 0.0, "atol": 0.0} if evaluator == "inplace" else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(losses.tolist(), expected, **tolerance)
+
+
+def test_losses_that_are_not_finite_are_reported():
+    model = nn.ParameterList([nn.Parameter(torch.tensor([1.0]))])
+    line = StepLine({model[0]: torch.zeros(1)}, {}, window=1)
+    losses = InPlace().losses(model, line, (2.0, 1.0), lambda: (1.5 - model[0].sum()).log())
+    assert math.isnan(losses[0].item())
+    assert losses[1].item() == pytest.approx(math.log(0.5))
+
+
+@pytest.mark.parametrize("evaluator", sorted(EVALUATORS))
+@pytest.mark.parametrize(
+    ("closure_of", "says"),
+    [
+        (lambda loss, model: None, r"returned None \(NoneType\), not a loss tensor"),
+        (lambda loss, model: 0.5, r"returned 0.5 \(float\).*without .item"),
+        (lambda loss, model: model[0].weight, r"shape \[16, 5\], not a scalar"),
+        (lambda loss, model: (loss > 0).long(), "torch.int64 tensor"),
+        (lambda loss, model: loss.backward(), "called backward"),
+    ],
+)
+def test_bad_closure(evaluator, closure_of, says):
+    model, loss_of = problem("mlp")
+    optimizer, line, _ = probed(model, loss_of)
+    before = everything(model, optimizer)
+    with pytest.raises(ClosureError, match=says):
+        resolve_evaluator(evaluator).losses(model, line, FACTORS_5, lambda: closure_of(loss_of(model), model))
+    assert_same(before, everything(model, optimizer))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_training_closure_cannot_reach_the_gradients(set_to_none):
+    model, loss_of = problem("mlp")
+    optimizer, line, _ = probed(model, loss_of)
+    before = everything(model, optimizer)
+
+    def training_closure():
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    with pytest.raises(ClosureError, match="called backward"):
+        InPlace().losses(model, line, FACTORS_5, training_closure)
+    assert_same(before, everything(model, optimizer))
+
+
+def test_isolation_runs_all_start_alike():
+    with Isolation(mlp()) as isolation:
+        runs = [isolation.run(lambda: torch.rand(()) + random.random() + numpy.random.rand()) for _ in range(3)]
+    assert len({run.item() for run in runs}) == 1
+
+
+def test_unknown_evaluators():
+    with pytest.raises(ValueError, match="evaluator='fast' is not known: use one of 'auto', 'inplace', 'stacked'"):
+        resolve_evaluator("fast")
+    with pytest.raises(TypeError, match="evaluator=3"):
+        resolve_evaluator(3)
+    with pytest.raises(ValueError, match="max_memory=0"):
+        Stacked(max_memory=0)
