@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import ProcessGroup, mean_over_ranks
-from .isolation import Closure, ClosureError, Isolation
+from .isolation import CALLED_BACKWARD, Closure, ClosureError, Isolation, scalar_loss
 
 __all__ = ["GradientLine", "Line", "StackedBuffer", "StepLine", "candidate_parameters"]
 
@@ -140,8 +140,11 @@ class GradientLine:
         trained = [parameter for parameter in rates if parameter.requires_grad]
         # DistributedDataParallel would wait for a backward() that never comes.
         alone = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-        with alone, Isolation(model) as isolation:
-            loss = isolation.run(closure, grad=True)
+        # The backward runs before the buffers are put back: it may have saved them.
+        with alone, Isolation(model) as isolation, isolation.rewound(), torch.enable_grad():
+            loss = scalar_loss(closure)
+            if any(parameter.grad is not None for parameter in trained):
+                raise ClosureError(CALLED_BACKWARD)
             if not loss.requires_grad:
                 raise ClosureError(
                     'direction="gradient" differentiates the loss, but the closure returned a detached one: '

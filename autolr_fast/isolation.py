@@ -12,10 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Closure", "ClosureError", "Isolation"]
+__all__ = ["CALLED_BACKWARD", "Closure", "ClosureError", "Isolation", "scalar_loss"]
 
 Closure = Callable[[], Tensor]
 """Returns the scalar loss of one batch; does not call backward."""
+
+_REMEDY = "write it as `lambda: loss_fn(model(x), y)`"
+CALLED_BACKWARD = (
+    f"closure called backward(); a probe only needs the loss: {_REMEDY} and keep zero_grad(), backward() and "
+    "optimizer.step() outside"
+)
 
 
 class ClosureError(TypeError):
@@ -58,12 +64,11 @@ class Isolation:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
 
-    def run(self, closure: Closure, grad: bool = False) -> Tensor:
-        """Return the closure's loss.
+    def run(self, closure: Closure) -> Tensor:
+        """Return the closure's loss, which autograd does not record.
 
         Args:
             closure: called once.
-            grad: whether autograd records the forward.
 
         Returns:
             The loss, 0-dim.
@@ -71,7 +76,7 @@ class Isolation:
         Raises:
             ClosureError: if the closure does not return a scalar loss tensor, or calls backward.
         """
-        with self.rewound(), torch.set_grad_enabled(grad):
+        with self.rewound(), torch.no_grad():
             return scalar_loss(closure)
 
     @contextmanager
@@ -93,19 +98,15 @@ class Isolation:
 
 def scalar_loss(closure: Closure) -> Tensor:
     """Call the closure and return its loss as a 0-dim tensor, or say what is wrong with it."""
-    remedy = "write it as `lambda: loss_fn(model(x), y)`"
     try:
         loss = closure()
     except RuntimeError as error:
         if not torch.is_grad_enabled() and "does not require grad" in str(error):
-            raise ClosureError(
-                f"closure called backward(); a probe only needs the loss: {remedy} and keep zero_grad(), "
-                "backward() and optimizer.step() outside"
-            ) from error
+            raise ClosureError(CALLED_BACKWARD) from error
         raise
     if not isinstance(loss, Tensor):
         raise ClosureError(
-            f"closure returned {loss!r} ({type(loss).__name__}), not a loss tensor: {remedy}, without .item()"
+            f"closure returned {loss!r} ({type(loss).__name__}), not a loss tensor: {_REMEDY}, without .item()"
         )
     if loss.numel() != 1:
         raise ClosureError(

@@ -73,7 +73,7 @@ class Rates:
 
     def set_level(self, level: Tensor | float) -> None:
         """Set the level, held inside the limits."""
-        self.level = torch.as_tensor(level).to(self.level).clamp(*self.limits)
+        self.level = torch.as_tensor(level, dtype=torch.float64, device=self.level.device).clamp(*self.limits)
 
     def apply(self, step: int) -> None:
         """Write the learning rates after ``step`` optimizer steps into the param groups."""
@@ -116,11 +116,5 @@ class Rates:
             raise ValueError(
                 f"lr={value} of param group {index} is outside min_lr={self._min_lr} .. max_lr={self._max_lr}: "
                 "change lr or the limit"
-            )
-        bases = [*self.base, value / scale]
-        if max(bases) / min(bases) > self._max_lr / self._min_lr:
-            raise ValueError(
-                f"lr={value} of param group {index} makes the ratio between groups larger than that of "
-                f"max_lr={self._max_lr} to min_lr={self._min_lr}: widen the limits"
             )
         self.base.append(value / scale)

@@ -1,5 +1,9 @@
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("plain", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("plain")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,788 @@
+import copy
+import gc
+import io
+import math
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR, ClosureError, InPlace, Probe, reference
+from autolr_fast.calibration import steady_state
+
+from .helpers import (
+    MODELS,
+    OPTIMIZERS,
+    Recurrent,
+    assert_same,
+    convnet,
+    everything,
+    losses_of_copies,
+    mlp,
+    parameters_of,
+    problem,
+    train_step,
+)
+
+
+def sgd(model, lr=0.1, **kwargs):
+    return torch.optim.SGD(model.parameters(), lr=lr, **kwargs)
+
+
+def level_of(scheduler):
+    return scheduler.level[0]
+
+
+def source_lr(losses, lr, factors, multiplier=1.0):
+    """The reference's rule, with the log-factor scaled by the annealing multiplier."""
+    return lr * (reference.next_lr(losses, 1.0, factors)) ** multiplier
+
+
+# The rule
+
+
+@pytest.mark.parametrize("factors", [FACTORS_3, FACTORS_5, FACTORS_7])
+@pytest.mark.parametrize("direction", ["step", "gradient"])
+def test_paper_is_the_source(factors, direction):
+    """Plain SGD, one batch: the loop over deep copies gives the same learning rates step by step."""
+    model, _ = problem("mlp")
+    model.double()
+    x = MODELS["mlp"][1]().double()
+
+    def loss(model):
+        return F.cross_entropy(model(x), torch.arange(12) % 3)
+
+    optimizer = sgd(model, lr=0.05)
+    scheduler = AutoLR.paper(optimizer, model, factors=factors, direction=direction, evaluator="inplace")
+    for _ in range(12):
+        lr = optimizer.param_groups[0]["lr"]
+        before = copy.deepcopy(model)
+        train_step(model, optimizer, loss)
+        # the step is lr * grad(before); a fresh gradient is taken after it
+        expected = reference.candidate_losses(before if direction == "step" else model, loss, lr, factors)
+        scheduler.step(lambda: loss(model))
+        assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-12)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(reference.next_lr(expected, lr, factors), rel=1e-9)
+
+
+def test_gradient_direction_equals_the_reference_bitwise():
+    model, loss_of = problem("convnet")
+    optimizer = sgd(model, lr=0.05, momentum=0.9)
+    scheduler = AutoLR(
+        optimizer, model, direction="gradient", every=2, calibrate=0, factors=FACTORS_7, evaluator="inplace"
+    )
+    for step in range(1, 7):
+        train_step(model, optimizer, loss_of)
+        lr = optimizer.param_groups[0]["lr"]
+        expected = reference.candidate_losses(model, loss_of, lr, FACTORS_7)
+        before = everything(model, optimizer)
+        scheduler.step(lambda: loss_of(model))
+        assert_same(before, everything(model, optimizer))
+        if step % 2 == 0:
+            assert scheduler.last_probe.losses.tolist() == expected
+            assert scheduler.last_probe.window == 0
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("window", [1, 2, (1, 2), 3])
+def test_every_optimizer(name, window):
+    """The line is through what the optimizer really did, and nothing but the learning rate changes."""
+    cls, kwargs = OPTIMIZERS[name]
+    model, loss_of = problem("convnet")
+    optimizer = cls(model.parameters(), **kwargs)
+    scheduler = AutoLR(optimizer, model, every=2, window=window, calibrate=0, evaluator="inplace")
+    twin = copy.deepcopy(model)
+    twin_optimizer = cls(twin.parameters(), **kwargs)
+    windows = [window] if isinstance(window, int) else window
+    history = []
+    for step in range(1, 9):
+        for group, other in zip(optimizer.param_groups, twin_optimizer.param_groups, strict=True):
+            other["lr"] = group["lr"]
+        history.append(parameters_of(model))
+        rng = torch.get_rng_state()
+        train_step(model, optimizer, loss_of)
+        torch.set_rng_state(rng)
+        train_step(twin, twin_optimizer, loss_of)
+        before, lr = everything(model, optimizer), optimizer.param_groups[0]["lr"]
+        scheduler.step(lambda: loss_of(model))
+        assert_same(before, everything(model, optimizer))
+        if step % 2 == 0:
+            used = min(windows[(step // 2) % len(windows)], step)
+            expected = losses_of_copies(model, history[step - used], FACTORS_3, loss_of)
+            assert scheduler.last_probe.losses.tolist() == expected
+            assert scheduler.last_probe.window == used
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(reference.next_lr(expected, lr, FACTORS_3))
+        else:
+            assert optimizer.param_groups[0]["lr"] == lr
+    assert scheduler.last_probe.step == 8
+    assert_same(list(parameters_of(model).values()), list(parameters_of(twin).values()))
+
+
+def test_annealing_scales_rate_and_log_factor():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=0.05)
+    scheduler = AutoLR(optimizer, model, every=1, window=1, calibrate=0, total_steps=20, evaluator="inplace")
+    level = 0.05
+    for step in range(1, 20):
+        previous = parameters_of(model)
+        train_step(model, optimizer, loss_of)
+        losses = losses_of_copies(model, previous, FACTORS_3, loss_of)
+        scheduler.step(lambda: loss_of(model))
+        multiplier = (1 + math.cos(math.pi * step / 20)) / 2
+        level = source_lr(losses, level, FACTORS_3, multiplier)
+        assert level_of(scheduler) == pytest.approx(level, rel=1e-9)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(level * multiplier, rel=1e-9)
+        assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]]
+
+
+def test_no_probe_between_probes():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, calibrate=3, every=5)
+    probed, calls = [], 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        return loss_of(model)
+
+    for step in range(1, 16):
+        train_step(model, optimizer, loss_of)
+        calls = 0
+        scheduler.step(closure)
+        if calls:
+            probed.append(step)
+    assert probed == [1, 2, 3, 5, 10, 15]
+
+
+def test_every_none_only_calibrates():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, calibrate=2, every=None)
+    for _ in range(8):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+    assert scheduler.last_probe.step == 2
+
+
+# Calibration
+
+
+@pytest.mark.parametrize("lr0", [1e-5, 1e-2, 10.0])
+def test_calibration_finds_the_same_rate_from_anywhere(lr0):
+    """On a quadratic with curvature 1 the best rate along a gradient step is 1: the loss there is 0."""
+    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))})
+    optimizer = sgd(model, lr=lr0)
+
+    def loss_of(model):
+        return model["w"].square().sum() / 2
+
+    scheduler = AutoLR(optimizer, model, calibrate=1, every=None)
+    start = model["w"].detach().clone()
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+    rate = optimizer.param_groups[0]["lr"]
+    assert 0.6 < rate < 1.6
+    # the first step was taken again at that rate
+    torch.testing.assert_close(model["w"].detach(), start * (1 - rate))
+    probe = scheduler.last_probe
+    assert probe.rounds > 1 or lr0 == 1e-2
+    assert probe.factor.item() == pytest.approx(rate / lr0)
+    assert [f / probe.factors[1] for f in probe.factors] == pytest.approx(FACTORS_3)
+    assert probe.lr_before == [lr0]
+
+
+def test_calibration_changes_parameters_and_nothing_else():
+    model, loss_of = problem("convnet")
+    optimizer = sgd(model, lr=1e-4, momentum=0.9)
+    scheduler = AutoLR(optimizer, model, calibrate=1)
+    train_step(model, optimizer, loss_of)
+    count = len(list(model.parameters()))
+    before = everything(model, optimizer)
+    scheduler.step(lambda: loss_of(model))
+    after = everything(model, optimizer)
+    assert not torch.equal(before[0], after[0])
+    assert_same(before[count:], after[count:])
+
+
+def test_momentum_lowers_the_calibrated_level():
+    rates = {}
+    for momentum in (0.0, 0.9):
+        model, loss_of = problem("mlp")
+        optimizer = sgd(model, lr=0.01, momentum=momentum)
+        scheduler = AutoLR(optimizer, model, calibrate=1)
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda model=model, loss_of=loss_of: loss_of(model))
+        rates[momentum] = level_of(scheduler)
+    assert rates[0.9] == pytest.approx(rates[0.0] * math.sqrt(0.1), rel=1e-6)
+    assert steady_state(torch.optim.Adam(model.parameters())) == 1
+    assert steady_state(torch.optim.RMSprop(model.parameters(), momentum=0.9)) == 1
+
+
+def test_calibration_stays_inside_the_limits():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=1e-3)
+    scheduler = AutoLR(optimizer, model, calibrate=1, max_lr=2e-3)
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3)
+    assert scheduler.last_probe.rounds < 10
+
+
+def test_calibration_of_a_loss_that_is_never_finite_waits():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=1e-3)
+    scheduler = AutoLR(optimizer, model, calibrate=5, evaluator="inplace")
+    train_step(model, optimizer, loss_of)
+    before = everything(model, optimizer)
+    with pytest.warns(UserWarning, match="could not calibrate.*first batch"):
+        scheduler.step(lambda: loss_of(model) * math.nan)
+    assert_same(before, everything(model, optimizer))
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+    assert scheduler.last_probe.rounds > 1
+    assert optimizer.param_groups[0]["lr"] > 1e-2
+
+
+def test_calibration_recovers_from_a_rate_that_ruins():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=1e3)
+    scheduler = AutoLR(optimizer, model, total_steps=60)
+    first = loss_of(model).item()
+    for _ in range(60):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+    assert loss_of(model).item() < 0.5 * first
+
+
+# What always holds
+
+
+@pytest.mark.parametrize("evaluator", ["inplace", "stacked", "auto"])
+@pytest.mark.parametrize("raise_at", range(1, 6))
+def test_a_raising_closure_loses_nothing(evaluator, raise_at):
+    model, loss_of = problem("convnet")
+    optimizer = sgd(model, momentum=0.9)
+    scheduler = AutoLR(optimizer, model, every=1, calibrate=0, evaluator=evaluator)
+    for _ in range(3):
+        train_step(model, optimizer, loss_of)
+    before, lr, calls = everything(model, optimizer), optimizer.param_groups[0]["lr"], 0
+    state, probe = scheduler.state_dict(), scheduler.last_probe
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        if calls >= raise_at:
+            raise ValueError("broken batch")
+        return loss_of(model)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises((ValueError, RuntimeError), match="broken batch"):
+            for _ in range(2):
+                scheduler.step(closure)
+                train_step(model, optimizer, loss_of)
+                before = everything(model, optimizer)
+                lr, state, probe = optimizer.param_groups[0]["lr"], scheduler.state_dict(), scheduler.last_probe
+    assert_same(before, everything(model, optimizer))
+    assert optimizer.param_groups[0]["lr"] == lr
+    assert scheduler.last_probe is probe
+    assert scheduler.state_dict()["level"] == state["level"]
+    scheduler.step(lambda: loss_of(model))  # the same probe can be made again
+    assert scheduler.last_probe.step == scheduler.last_epoch == state["optimizer_steps"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rate_stays_finite_and_inside_limits(bad):
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=0.5)
+    scheduler = AutoLR(optimizer, model, every=1, calibrate=0, min_lr=1e-3, evaluator="inplace")
+    seen = []
+    for _ in range(15):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model) * bad)
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert seen[:3] == pytest.approx([0.25, 0.125, 0.0625])
+    assert seen[-1] == pytest.approx(1e-3)
+    assert min(seen) >= 1e-3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_steps_are_not_probed(fused):
+    """A real GradScaler, with an inf at steps 2 and 3 (of every step, with a window of two)."""
+    model, loss_of = problem("mlp")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    scheduler = AutoLR(optimizer, model, every=1, calibrate=0, window=2, evaluator="inplace")
+    history, calls = [parameters_of(model)], 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        return loss_of(model)
+
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model)).backward()
+        if step in (2, 3):
+            model[0].weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        before, lr, calls = scheduler.last_probe, optimizer.param_groups[0]["lr"], 0
+        scheduler.step(closure)
+        if step in (2, 3):
+            assert (calls, scheduler.last_probe, optimizer.param_groups[0]["lr"]) == (0, before, lr)
+            continue
+        history.append(parameters_of(model))
+        window = min(2, len(history) - 1)
+        expected = losses_of_copies(model, history[-1 - window], FACTORS_3, loss_of)
+        assert scheduler.last_probe.losses.tolist() == expected
+    assert scheduler.last_epoch == 4
+
+
+def test_accumulation_and_clipping():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=0.5)
+    scheduler = AutoLR(optimizer, model, every=1, window=1, calibrate=0, evaluator="inplace")
+    probes = []
+    for micro in range(1, 10):
+        (loss_of(model) / 3).backward()
+        previous = parameters_of(model)
+        if micro % 3 == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step(lambda: loss_of(model))
+        if micro % 3 == 0:
+            expected = losses_of_copies(model, previous, FACTORS_3, loss_of)
+            assert scheduler.last_probe.losses.tolist() == expected
+        probes.append(scheduler.last_epoch)
+    assert probes == [0, 0, 1, 1, 1, 2, 2, 2, 3]
+
+
+def test_several_calls_are_one():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, every=1, calibrate=0)
+    train_step(model, optimizer, loss_of)
+    scheduler.step()  # a framework, blindly
+    scheduler.step(lambda: loss_of(model))
+    probe, lr = scheduler.last_probe, optimizer.param_groups[0]["lr"]
+    assert probe.step == 1
+    for _ in range(3):
+        scheduler.step(lambda: loss_of(model))
+        scheduler.step()
+    assert scheduler.last_probe is probe
+    assert (optimizer.param_groups[0]["lr"], scheduler.last_epoch) == (lr, 1)
+
+
+def test_without_closure_it_anneals_and_says_once_how_to_probe():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=0.2)
+    scheduler = AutoLR(optimizer, model, total_steps=10)
+    with pytest.warns(UserWarning, match="without a closure.*scheduler.step\\(lambda") as caught:
+        for _ in range(10):
+            train_step(model, optimizer, loss_of)
+            scheduler.step()
+    assert len(caught) == 1
+    assert scheduler.last_probe is None
+    assert level_of(scheduler) == 0.2
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-12)
+
+
+def test_a_call_missing_after_some_steps_is_told():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, every=2, calibrate=0)
+    with pytest.warns(UserWarning, match="not after every optimizer.step"):
+        for step in range(1, 8):
+            train_step(model, optimizer, loss_of)
+            if step % 7 == 0:
+                scheduler.step(lambda: loss_of(model))
+    assert scheduler.last_epoch == 7
+
+
+def test_past_total_steps_is_told():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, total_steps=3, calibrate=0)
+    with pytest.warns(UserWarning, match="past total_steps=3"):
+        for _ in range(5):
+            train_step(model, optimizer, loss_of)
+            scheduler.step(lambda: loss_of(model))
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("cut", range(1, 14))
+def test_resumed_run_is_bit_for_bit_the_same(cut, tensor_lr):
+    """Cut anywhere: in calibration, inside an open window (7 and 8 before the probe at 9), between probes."""
+
+    def start():
+        torch.manual_seed(3)
+        model = convnet()
+        lr = torch.tensor(0.01) if tensor_lr else 0.01
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        scheduler = AutoLR(
+            optimizer, model, every=3, calibrate=4, window=(1, 3), total_steps=14, evaluator="stacked"
+        )
+        return model, optimizer, scheduler
+
+    def run(model, optimizer, scheduler, steps):
+        rows = []
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(8, 2, 4, 4, generator=generator)
+            y = torch.randint(3, (8,), generator=generator)
+            train_step(model, optimizer, lambda model, x=x, y=y: F.cross_entropy(model(x), y))
+            scheduler.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+            rows.append((float(optimizer.param_groups[0]["lr"]), scheduler.last_probe))
+        return rows
+
+    whole = start()
+    rows = run(*whole, range(14))
+
+    first = start()
+    run(*first, range(cut))
+    file = io.BytesIO()
+    torch.save([*(part.state_dict() for part in first), torch.get_rng_state()], file)
+    file.seek(0)
+    *states, rng = torch.load(file, weights_only=True)
+    second = start()
+    for part, state in zip(second, states, strict=True):
+        part.load_state_dict(state)
+    torch.set_rng_state(rng)
+    assert float(second[1].param_groups[0]["lr"]) == rows[cut - 1][0]
+    resumed = run(*second, range(cut, 14))
+
+    assert [lr for lr, _ in resumed] == [lr for lr, _ in rows[cut:]]
+    assert_same(everything(*whole[:2])[:-1], everything(*second[:2])[:-1])
+    for (_, probe), (_, expected) in zip(resumed, rows[cut:], strict=True):
+        if probe is not None:
+            assert torch.equal(probe.losses, expected.losses)
+
+
+def test_resumed_after_falling_back_does_not_choose_anew():
+    def start():
+        torch.manual_seed(0)
+        model = Recurrent()
+        optimizer = sgd(model)
+        return model, optimizer, AutoLR(optimizer, model, every=1)
+
+    x, y = torch.randn(6, 4, 5), torch.randint(3, (6,))
+    model, optimizer, scheduler = start()
+    train_step(model, optimizer, lambda model: F.cross_entropy(model(x), y))
+    with pytest.warns(UserWarning, match="one after another"):
+        scheduler.step(lambda: F.cross_entropy(model(x), y))
+    state = scheduler.state_dict()
+    model, optimizer, scheduler = start()
+    scheduler.load_state_dict(state)
+    assert scheduler.evaluator.name == "inplace"
+
+
+def test_state_dict_is_small_and_plain():
+    model, loss_of = problem("convnet")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, evaluator="stacked")
+    for _ in range(25):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+    state = scheduler.state_dict()
+    assert set(state) == {
+        "last_epoch", "optimizer_steps", "probed_step", "searched", "base_lrs", "level", "evaluator", "snapshots",
+    }  # fmt: skip
+    assert state["snapshots"] == {}
+    file = io.BytesIO()
+    torch.save(state, file)
+    assert file.tell() < 3000
+
+
+def test_load_state_dict_refuses_what_is_not_its_own():
+    model = mlp()
+    scheduler = AutoLR(sgd(model), model)
+    with pytest.raises(ValueError, match=r"keys \['lr'\]"):
+        scheduler.load_state_dict({"lr": 1})
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    other = AutoLR(torch.optim.SGD(groups, lr=0.1), model)
+    with pytest.raises(ValueError, match="of 2 param groups and the optimizer has 1"):
+        scheduler.load_state_dict(other.state_dict())
+
+
+# Param groups and parameters
+
+
+def test_groups_keep_their_ratio():
+    model, loss_of = problem("mlp")
+    groups = [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[2].parameters(), "lr": 0.003}]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    scheduler = AutoLR(optimizer, model, total_steps=30)
+    for _ in range(25):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+        first, second = scheduler.get_last_lr()
+        assert first / second == pytest.approx(100)
+    assert first != pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("at", [3, 5, 6])
+def test_group_added_while_training(at):
+    """Also inside an open window: what was not there before it is held where it is."""
+    model, loss_of = problem("mlp")
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    scheduler = AutoLR(optimizer, model, calibrate=2, every=6, window=2)
+    for step in range(1, 14):
+        if step == at:
+            model[2].requires_grad_(True)
+            optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.02})
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+        if step == at - 1:
+            ratio = 0.02 / optimizer.param_groups[0]["lr"]
+    assert len(scheduler.get_last_lr()) == 2
+    assert scheduler.last_probe.step == 12
+    assert scheduler.get_last_lr()[1] / scheduler.get_last_lr()[0] == pytest.approx(ratio)
+
+
+def test_tensor_lr_is_filled():
+    model, loss_of = problem("mlp")
+    lr = torch.tensor(0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    held = optimizer.param_groups[0]["lr"]
+    scheduler = AutoLR(optimizer, model, total_steps=10)
+    seen = set()
+    for _ in range(5):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+        assert optimizer.param_groups[0]["lr"] is held
+        assert scheduler.get_last_lr()[0] is not held
+        seen.add(held.item())
+    assert len(seen) == 5
+
+
+def test_tensor_and_float_lr_agree():
+    levels = []
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        model, loss_of = problem("mlp")
+        optimizer = sgd(model, lr=lr)
+        scheduler = AutoLR(optimizer, model, total_steps=30)
+        for _ in range(25):
+            train_step(model, optimizer, loss_of)
+            scheduler.step(lambda model=model, loss_of=loss_of: loss_of(model))
+        levels.append(level_of(scheduler))
+    assert levels[0] == pytest.approx(levels[1], rel=1e-3)
+
+
+def test_parameters_without_gradients():
+    model = nn.ModuleDict({"used": nn.Linear(5, 3), "unused": nn.Linear(5, 3)})
+    x, y = torch.randn(12, 5), torch.randint(3, (12,))
+    optimizer = sgd(model, weight_decay=0.1)
+    scheduler = AutoLR(optimizer, model, every=1)
+    before = model["unused"].weight.detach().clone()
+    for _ in range(4):
+        train_step(model, optimizer, lambda model: F.cross_entropy(model["used"](x), y))
+        scheduler.step(lambda: F.cross_entropy(model["used"](x), y))
+    assert scheduler.last_probe.step == 4
+    assert torch.equal(model["unused"].weight, before)
+
+
+@pytest.mark.parametrize("direction", ["step", "gradient"])
+def test_sparse_gradients(direction):
+    model = nn.Sequential(nn.Embedding(11, 3, sparse=True))
+    x, y = torch.randint(11, (12, 4)), torch.randint(3, (12,))
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.01)
+
+    def loss_of(model):
+        return F.cross_entropy(model(x).mean(1), y)
+
+    scheduler = AutoLR(optimizer, model, every=1, calibrate=0, direction=direction, evaluator="inplace")
+    for _ in range(3):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+    assert scheduler.last_probe.step == 3
+    assert scheduler.last_probe.losses.isfinite().all()
+
+
+def test_optimizer_that_takes_a_closure():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, every=1, calibrate=0, window=1, evaluator="inplace")
+
+    def training_closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        previous = parameters_of(model)
+        optimizer.step(training_closure)
+        scheduler.step(lambda: loss_of(model))
+        assert scheduler.last_probe.losses.tolist() == losses_of_copies(model, previous, FACTORS_3, loss_of)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_model_and_step():
+    """Both windows, InPlace: the compiled forward and the compiled update see the candidates' values."""
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=torch.tensor(0.1))
+    compiled = torch.compile(model, backend="eager")
+    scheduler = AutoLR(optimizer, compiled, every=1, calibrate=0, window=1, evaluator="inplace")
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(3):
+        previous = parameters_of(model)
+        optimizer.zero_grad()
+        loss_of(compiled).backward()
+        step()
+        scheduler.step(lambda: loss_of(compiled))
+        expected = losses_of_copies(model, previous, FACTORS_3, loss_of)
+        assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"factors": []}, ValueError, "factors=.* is empty"),
+        ({"factors": [2, 2]}, ValueError, "2.0 appears more than once"),
+        ({"score": "log"}, ValueError, "score='log' is not known"),
+        ({"normalize": "max"}, ValueError, "normalize='max' is not known"),
+        ({"every": 0}, ValueError, "every=0: expected 1 or more"),
+        ({"every": 2.5}, TypeError, "every=2.5: expected a whole number"),
+        ({"window": 0}, ValueError, "window=0"),
+        ({"window": ()}, TypeError, "window=None"),
+        ({"window": (1, 2.0)}, TypeError, "window=2.0"),
+        ({"direction": "back"}, ValueError, "direction='back' is not known: use 'step' or 'gradient'"),
+        ({"calibrate": -1}, ValueError, "calibrate=-1"),
+        ({"calibrate": True}, TypeError, "calibrate=True"),
+        ({"total_steps": 0}, ValueError, "total_steps=0"),
+        ({"total_steps": 1e3}, TypeError, "total_steps=1000.0"),
+        ({"anneal": "exp"}, ValueError, "anneal='exp' is not known"),
+        ({"min_lr": 0}, ValueError, "min_lr=0, max_lr"),
+        ({"min_lr": 2, "max_lr": 1}, ValueError, "min_lr=2, max_lr=1"),
+        ({"max_lr": 0.01}, ValueError, "lr=0.1 of param group 0 is outside"),
+        ({"evaluator": "quick"}, ValueError, "use one of 'auto', 'inplace', 'stacked'"),
+        ({"model": mlp()}, ValueError, "not a parameter of the model"),
+        ({"model": None}, TypeError, "model=None: expected the nn.Module"),
+        ({"optimizer": lambda: None}, TypeError, "the closure goes to step"),
+    ],
+)
+def test_bad_arguments(arguments, error, says):
+    model = mlp()
+    arguments = {"optimizer": sgd(model), "model": model, **arguments}
+    with pytest.raises(error, match=says):
+        AutoLR(**arguments)
+
+
+def test_optimizers_that_are_refused():
+    model = mlp()
+    with pytest.raises(ValueError, match="LBFGS.*without AutoLR"):
+        AutoLR(torch.optim.LBFGS(model.parameters()), model)
+    with pytest.raises(ValueError, match="differentiable=False"):
+        AutoLR(torch.optim.Adam(model.parameters(), differentiable=True), model)
+
+
+@pytest.mark.parametrize("closure", [0.25, torch.tensor(0.25), 3])
+def test_step_takes_no_metric_and_no_epoch(closure):
+    model = mlp()
+    with pytest.raises(TypeError, match="scheduler.step\\(lambda"):
+        AutoLR(sgd(model), model).step(closure)
+
+
+def test_parameter_replaced_while_training():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, every=1)
+    model[2] = nn.Linear(16, 3)
+    train_step(model, optimizer, loss_of)
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError, match="not a parameter of the model.*after anything that replaces them"):
+        scheduler.step(lambda: loss_of(model))
+    assert_same(before, everything(model, optimizer))
+
+
+def test_model_converted_between_step_and_probe():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, every=1, calibrate=0)
+    train_step(model, optimizer, loss_of)
+    model.double()
+    with pytest.raises(RuntimeError, match="'0.weight' was .*float32.* and is .*float64"):
+        scheduler.step(lambda: loss_of(model))
+
+
+@pytest.mark.parametrize(
+    ("closure_of", "says"),
+    [(lambda loss: loss.backward() or loss, "called backward"), (lambda loss: loss.detach(), "a detached one")],
+)
+def test_closure_that_gives_no_gradient(closure_of, says):
+    model, loss_of = problem("convnet")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, every=1, calibrate=0, direction="gradient")
+    train_step(model, optimizer, loss_of)
+    before = everything(model, optimizer)
+    with pytest.raises(ClosureError, match=says):
+        scheduler.step(lambda: closure_of(loss_of(model)))
+    assert_same(before, everything(model, optimizer))
+
+
+def test_bad_closure_says_so_and_can_be_mended():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, every=1, calibrate=0)
+    train_step(model, optimizer, loss_of)
+    with pytest.raises(ClosureError, match="returned None"):
+        scheduler.step(lambda: None)
+    scheduler.step(lambda: loss_of(model))
+    assert scheduler.last_probe.step == 1
+
+
+# What a person sees
+
+
+def test_last_probe_is_readable():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, every=1, calibrate=0, evaluator=InPlace())
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+    probe = scheduler.last_probe
+    assert isinstance(probe, Probe)
+    assert probe.lr_before == [0.1]
+    assert probe.lr_after == scheduler.get_last_lr()
+    assert probe.weights.sum().item() == pytest.approx(1)
+    expected = math.prod(f**w for f, w in zip(probe.factors, probe.weights.tolist(), strict=True))
+    assert probe.factor.item() == pytest.approx(expected)
+    text = repr(probe)
+    assert "step=1, window=1, evaluator='inplace', rounds=1" in text
+    assert f"lr 0.1 -> {probe.lr_after[0]:.4g}" in text
+    assert f"2: {probe.losses[0].item():.4g} (" in text
+
+
+def test_repr_and_preset():
+    model = mlp()
+    text = repr(AutoLR(sgd(model), model))
+    assert "lr=[0.1]" in text
+    assert "every=10, window=(1, 2), calibrate=20, evaluator='stacked'" in text
+    assert "every=1, window=1, calibrate=0" in repr(AutoLR.paper(sgd(model), model))
+    assert "every=4" in repr(AutoLR.paper(sgd(model), model, every=4))
+
+
+def test_it_is_a_scheduler_without_reference_cycles():
+    model = mlp()
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+    assert (scheduler.last_epoch, scheduler.base_lrs, scheduler.get_last_lr()) == (0, [0.1], [0.1])
+    gone = weakref.ref(scheduler)
+    gc.disable()
+    try:
+        del scheduler
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,92 @@
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autolr_fast.snapshots import Cadence, Snapshots
+
+from .helpers import mlp, problem, train_step
+
+
+@given(
+    st.none() | st.integers(1, 12),
+    st.integers(0, 12),
+    st.lists(st.integers(1, 4), min_size=1, max_size=3),
+)
+def test_every_probe_finds_its_snapshot_and_none_is_kept_in_vain(every, calibrate, windows):
+    cadence = Cadence(every, calibrate, tuple(windows))
+    model, loss_of = mlp(), lambda model: model(torch.ones(1, 5)).square().sum()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    snapshots = Snapshots(optimizer, cadence)
+    history = []
+    for step in range(1, 30):
+        history.append([p.detach().clone() for p in model.parameters()])
+        train_step(model, optimizer, loss_of)
+        assert snapshots.steps == step
+        if window := cadence.window_at(step):
+            assert step <= calibrate or step % every == 0
+            taken = snapshots.before_window(window)
+            assert all(map(torch.equal, taken.values(), history[step - window]))
+        snapshots.drop_used()
+        probes = [(m, cadence.window_at(m)) for m in range(step + 1, step + 10)]
+        needed = {m - window for m, window in probes if window and m - window < step}
+        assert set(snapshots._taken) == needed
+
+
+def test_default_keeps_nothing_between_probes():
+    model, loss_of = problem("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    snapshots = Snapshots(optimizer, Cadence(every=10, calibrate=20, windows=(1, 2)))
+    held = []
+    for _ in range(60):
+        train_step(model, optimizer, loss_of)
+        snapshots.drop_used()
+        held.append(len(snapshots._taken))
+    assert max(held) == 1
+    assert [step for step, count in enumerate(held, 1) if count and step > 20] == [29, 49]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_skips_are_not_counted(fused):
+    model, loss_of = problem("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    snapshots = Snapshots(optimizer, Cadence(every=1, calibrate=0, windows=(1,)))
+    counts = []
+    for step in range(4):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model)).backward()
+        if step in (0, 2):
+            model[0].weight.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        counts.append(snapshots.steps)
+    assert counts == [0, 1, 1, 2]
+
+
+def test_frozen_parameters_take_no_memory():
+    model, loss_of = problem("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model[0].requires_grad_(False)
+    snapshots = Snapshots(optimizer, Cadence(every=1, calibrate=0, windows=(1,)))
+    train_step(model, optimizer, loss_of)
+    assert set(snapshots.before_window(1)) == set(model[2].parameters())
+
+
+def test_hooks_go_with_their_owner_without_the_garbage_collector():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    gc.disable()
+    try:
+        snapshots = Snapshots(optimizer, Cadence(every=1, calibrate=0, windows=(1,)))
+        assert len(optimizer._optimizer_step_pre_hooks) == 1
+        gone = weakref.ref(snapshots)
+        del snapshots
+        assert gone() is None
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+    finally:
+        gc.enable()
