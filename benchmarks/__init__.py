@@ -1,0 +1,1 @@
+"""Benchmarks of autolr_fast; not part of the installed package."""
