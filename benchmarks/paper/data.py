@@ -169,7 +169,9 @@ def _decode(paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
                 f"{path} has the columns {table.column_names}: expected 'img' and one of {', '.join(_LABELS)}"
             )
         labels.append(torch.tensor(table[label].to_pylist(), dtype=torch.int64))
-        for row, image in enumerate(tqdm(table["img"].to_pylist(), desc=f"decoding {path.name}", unit="image")):
+        for row, image in enumerate(
+            tqdm(table["img"].to_pylist(), desc=f"decoding {path.name}", unit="image", leave=False)
+        ):
             try:
                 pixels = np.array(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
             except (OSError, TypeError, KeyError) as error:

@@ -20,23 +20,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.optim import SGD
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, StepLR
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 import autolr_fast
 from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR, Probe
+from autolr_fast.demo import BASELINES
 
 from .data import Batches, DataError, load_dataset
 from .models import ResNet18
 
 __all__ = ["main"]
 
-SCHEDULERS: dict[str, Callable[[SGD, int], LRScheduler]] = {
-    "constant": lambda optimizer, total: ConstantLR(optimizer, factor=1.0),
-    "linear": lambda optimizer, total: LinearLR(optimizer, 1.0, 0.0, total_iters=total),
-    "cosine": lambda optimizer, total: CosineAnnealingLR(optimizer, T_max=total),
-    "step": lambda optimizer, total: StepLR(optimizer, step_size=math.ceil(total / 3), gamma=0.1),
-}
 PROBING = ("auto", "paper")
 FACTORS = {3: FACTORS_3, 5: FACTORS_5, 7: FACTORS_7}
 FREE_ON_RESUME = ("data", "out", "cache", "steps")  # they say where, or until when, but not what is computed
@@ -182,7 +177,7 @@ class Run:
     def _scheduler(self) -> LRScheduler:
         args = self.args
         if args.scheduler not in PROBING:
-            return SCHEDULERS[args.scheduler](self.optimizer, self.total_steps)
+            return BASELINES[args.scheduler](self.optimizer, self.total_steps)
         chosen = {} if args.every is None else {"every": args.every}
         if args.factors is not None:
             chosen["factors"] = FACTORS[args.factors]
@@ -398,7 +393,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("--data", None, "directory with train-*.parquet and test-*.parquet", type=Path, required=True)
     add("--out", None, "directory of log.jsonl and checkpoint.pt", type=Path, required=True)
-    add("--scheduler", "auto", "auto is AutoLR, paper is AutoLR.paper", choices=[*PROBING, *SCHEDULERS])
+    add("--scheduler", "auto", "auto is AutoLR, paper is AutoLR.paper", choices=[*PROBING, *BASELINES])
     add("--lr", 0.005, "where the learning rate starts", type=_number(float, above=0))
     add("--factors", None, "how many factors a probe of auto or paper has (3)", type=int, choices=FACTORS)
     add("--every", None, "steps from probe to probe (auto 10, paper 1)", type=count)
