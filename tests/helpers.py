@@ -134,6 +134,10 @@ def problem(name):
     return model, lambda model: F.cross_entropy(model(x), y)
 
 
+def sgd(model, lr=0.1, **kwargs):
+    return torch.optim.SGD(model.parameters(), lr=lr, **kwargs)
+
+
 def train_step(model, optimizer, loss_of):
     optimizer.zero_grad()
     loss_of(model).backward()

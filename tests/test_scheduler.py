@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR, ClosureError, InPlace, Probe, reference
-from autolr_fast.calibration import steady_state
 
 from .helpers import (
     MODELS,
@@ -24,16 +23,9 @@ from .helpers import (
     mlp,
     parameters_of,
     problem,
+    sgd,
     train_step,
 )
-
-
-def sgd(model, lr=0.1, **kwargs):
-    return torch.optim.SGD(model.parameters(), lr=lr, **kwargs)
-
-
-def level_of(scheduler):
-    return scheduler.level[0]
 
 
 def source_lr(losses, lr, factors, multiplier=1.0):
@@ -133,7 +125,7 @@ def test_annealing_scales_rate_and_log_factor():
         scheduler.step(lambda: loss_of(model))
         multiplier = (1 + math.cos(math.pi * step / 20)) / 2
         level = source_lr(losses, level, FACTORS_3, multiplier)
-        assert level_of(scheduler) == pytest.approx(level, rel=1e-9)
+        assert scheduler.level[0] == pytest.approx(level, rel=1e-9)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(level * multiplier, rel=1e-9)
         assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]]
 
@@ -166,97 +158,6 @@ def test_every_none_only_calibrates():
         train_step(model, optimizer, loss_of)
         scheduler.step(lambda: loss_of(model))
     assert scheduler.last_probe.step == 2
-
-
-# Calibration
-
-
-@pytest.mark.parametrize("lr0", [1e-5, 1e-2, 10.0])
-def test_calibration_finds_the_same_rate_from_anywhere(lr0):
-    """On a quadratic with curvature 1 the best rate along a gradient step is 1: the loss there is 0."""
-    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))})
-    optimizer = sgd(model, lr=lr0)
-
-    def loss_of(model):
-        return model["w"].square().sum() / 2
-
-    scheduler = AutoLR(optimizer, model, calibrate=1, every=None)
-    start = model["w"].detach().clone()
-    train_step(model, optimizer, loss_of)
-    scheduler.step(lambda: loss_of(model))
-    rate = optimizer.param_groups[0]["lr"]
-    assert 0.6 < rate < 1.6
-    # the first step was taken again at that rate
-    torch.testing.assert_close(model["w"].detach(), start * (1 - rate))
-    probe = scheduler.last_probe
-    assert probe.rounds > 1 or lr0 == 1e-2
-    assert probe.factor.item() == pytest.approx(rate / lr0)
-    assert [f / probe.factors[1] for f in probe.factors] == pytest.approx(FACTORS_3)
-    assert probe.lr_before == [lr0]
-
-
-def test_calibration_changes_parameters_and_nothing_else():
-    model, loss_of = problem("convnet")
-    optimizer = sgd(model, lr=1e-4, momentum=0.9)
-    scheduler = AutoLR(optimizer, model, calibrate=1)
-    train_step(model, optimizer, loss_of)
-    count = len(list(model.parameters()))
-    before = everything(model, optimizer)
-    scheduler.step(lambda: loss_of(model))
-    after = everything(model, optimizer)
-    assert not torch.equal(before[0], after[0])
-    assert_same(before[count:], after[count:])
-
-
-def test_momentum_lowers_the_calibrated_level():
-    rates = {}
-    for momentum in (0.0, 0.9):
-        model, loss_of = problem("mlp")
-        optimizer = sgd(model, lr=0.01, momentum=momentum)
-        scheduler = AutoLR(optimizer, model, calibrate=1)
-        train_step(model, optimizer, loss_of)
-        scheduler.step(lambda model=model, loss_of=loss_of: loss_of(model))
-        rates[momentum] = level_of(scheduler)
-    assert rates[0.9] == pytest.approx(rates[0.0] * math.sqrt(0.1), rel=1e-6)
-    assert steady_state(torch.optim.Adam(model.parameters())) == 1
-    assert steady_state(torch.optim.RMSprop(model.parameters(), momentum=0.9)) == 1
-
-
-def test_calibration_stays_inside_the_limits():
-    model, loss_of = problem("mlp")
-    optimizer = sgd(model, lr=1e-3)
-    scheduler = AutoLR(optimizer, model, calibrate=1, max_lr=2e-3)
-    train_step(model, optimizer, loss_of)
-    scheduler.step(lambda: loss_of(model))
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3)
-    assert scheduler.last_probe.rounds < 10
-
-
-def test_calibration_of_a_loss_that_is_never_finite_waits():
-    model, loss_of = problem("mlp")
-    optimizer = sgd(model, lr=1e-3)
-    scheduler = AutoLR(optimizer, model, calibrate=5, evaluator="inplace")
-    train_step(model, optimizer, loss_of)
-    before = everything(model, optimizer)
-    with pytest.warns(UserWarning, match="could not calibrate.*first batch"):
-        scheduler.step(lambda: loss_of(model) * math.nan)
-    assert_same(before, everything(model, optimizer))
-    assert optimizer.param_groups[0]["lr"] == 1e-3
-    train_step(model, optimizer, loss_of)
-    scheduler.step(lambda: loss_of(model))
-    assert scheduler.last_probe.rounds > 1
-    assert optimizer.param_groups[0]["lr"] > 1e-2
-
-
-def test_calibration_recovers_from_a_rate_that_ruins():
-    model, loss_of = problem("mlp")
-    optimizer = sgd(model, lr=1e3)
-    scheduler = AutoLR(optimizer, model, total_steps=60)
-    first = loss_of(model).item()
-    for _ in range(60):
-        train_step(model, optimizer, loss_of)
-        scheduler.step(lambda: loss_of(model))
-    assert loss_of(model).item() < 0.5 * first
 
 
 # What always holds
@@ -390,7 +291,7 @@ def test_without_closure_it_anneals_and_says_once_how_to_probe():
             scheduler.step()
     assert len(caught) == 1
     assert scheduler.last_probe is None
-    assert level_of(scheduler) == 0.2
+    assert scheduler.level[0] == 0.2
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-12)
 
 
@@ -572,7 +473,7 @@ def test_tensor_and_float_lr_agree():
         for _ in range(25):
             train_step(model, optimizer, loss_of)
             scheduler.step(lambda model=model, loss_of=loss_of: loss_of(model))
-        levels.append(level_of(scheduler))
+        levels.append(scheduler.level[0])
     assert levels[0] == pytest.approx(levels[1], rel=1e-3)
 
 

@@ -1,0 +1,124 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from autolr_fast import FACTORS_3, AutoLR
+from autolr_fast.calibration import Look, search, steady_state
+
+from .helpers import assert_same, everything, problem, sgd, train_step
+
+
+@pytest.mark.parametrize("lr0", [1e-5, 1e-2, 10.0])
+def test_calibration_finds_the_same_rate_from_anywhere(lr0):
+    """On a quadratic with curvature 1 the best rate along a gradient step is 1: the loss there is 0."""
+    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))})
+    optimizer = sgd(model, lr=lr0)
+
+    def loss_of(model):
+        return model["w"].square().sum() / 2
+
+    scheduler = AutoLR(optimizer, model, calibrate=1, every=None)
+    start = model["w"].detach().clone()
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+    rate = optimizer.param_groups[0]["lr"]
+    assert 0.6 < rate < 1.6
+    # the first step was taken again at that rate
+    torch.testing.assert_close(model["w"].detach(), start * (1 - rate))
+    probe = scheduler.last_probe
+    assert probe.rounds > 1 or lr0 == 1e-2
+    assert probe.factor.item() == pytest.approx(rate / lr0)
+    assert [f / probe.factors[1] for f in probe.factors] == pytest.approx(FACTORS_3)
+    assert probe.lr_before == [lr0]
+
+
+def test_calibration_changes_parameters_and_nothing_else():
+    model, loss_of = problem("convnet")
+    optimizer = sgd(model, lr=1e-4, momentum=0.9)
+    scheduler = AutoLR(optimizer, model, calibrate=1)
+    train_step(model, optimizer, loss_of)
+    count = len(list(model.parameters()))
+    before = everything(model, optimizer)
+    scheduler.step(lambda: loss_of(model))
+    after = everything(model, optimizer)
+    assert not torch.equal(before[0], after[0])
+    assert_same(before[count:], after[count:])
+
+
+def test_momentum_lowers_the_calibrated_level():
+    rates = {}
+    for momentum in (0.0, 0.9):
+        model, loss_of = problem("mlp")
+        optimizer = sgd(model, lr=0.01, momentum=momentum)
+        scheduler = AutoLR(optimizer, model, calibrate=1)
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda model=model, loss_of=loss_of: loss_of(model))
+        rates[momentum] = scheduler.level[0]
+    assert rates[0.9] == pytest.approx(rates[0.0] * math.sqrt(0.1), rel=1e-6)
+    assert steady_state(torch.optim.Adam(model.parameters())) == 1
+    assert steady_state(torch.optim.RMSprop(model.parameters(), momentum=0.9)) == 1
+
+
+def test_calibration_stays_inside_the_limits():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=1e-3)
+    scheduler = AutoLR(optimizer, model, calibrate=1, max_lr=2e-3)
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3)
+    assert scheduler.last_probe.rounds < 10
+
+
+def test_calibration_of_a_loss_that_is_never_finite_waits():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=1e-3)
+    scheduler = AutoLR(optimizer, model, calibrate=5, evaluator="inplace")
+    train_step(model, optimizer, loss_of)
+    before = everything(model, optimizer)
+    with pytest.warns(UserWarning, match="could not calibrate.*first batch"):
+        scheduler.step(lambda: loss_of(model) * math.nan)
+    assert_same(before, everything(model, optimizer))
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+    assert scheduler.last_probe.rounds > 1
+    assert optimizer.param_groups[0]["lr"] > 1e-2
+
+
+def test_calibration_recovers_from_a_rate_that_ruins():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=1e3)
+    scheduler = AutoLR(optimizer, model, total_steps=60)
+    first = loss_of(model).item()
+    for _ in range(60):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+    assert loss_of(model).item() < 0.5 * first
+
+
+@pytest.mark.parametrize("best", [1e-6, 0.3, 1.0, 40.0, 1e5])
+def test_search_follows_a_factor_to_where_it_is_one(best):
+    asked = []
+
+    def look(ratio):
+        asked.append(ratio)
+        factor = min(max((best / ratio) ** 0.5, 0.5), 2.0)
+        return Look((ratio,), torch.ones(1), torch.ones(1), torch.tensor(factor, dtype=torch.float64))
+
+    ratio, seen, rounds = search(look, 1e-9, 1e9)
+    assert ratio == pytest.approx(best, rel=0.2)
+    assert asked[0] == 1.0
+    assert len(asked) == rounds
+    assert seen.factors == (asked[-1],)
+
+
+def test_search_ends_when_the_factor_never_settles():
+    def look(ratio):
+        return Look((ratio,), torch.ones(1), torch.ones(1), torch.tensor(1.2, dtype=torch.float64))
+
+    ratio, _, rounds = search(look, 1e-9, 1e30)
+    assert rounds == 80
+    assert ratio == pytest.approx(1.2**80)
+    assert search(look, 1e-9, 5.0)[0] == 5.0

@@ -1,0 +1,103 @@
+import sys
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from autolr_fast import __version__, demo
+from autolr_fast.__main__ import main
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+
+def test_demo_trains_every_schedule_from_every_start(tmp_path, capsys):
+    out = tmp_path / "new" / "demo.png"
+    main(["demo", "--lr", "0.001", "0.1", "--epochs", "2", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert out.read_bytes().startswith(b"\x89PNG")
+    table = out.with_suffix(".md").read_text()
+    assert table in printed
+    assert f"wrote {out}" in printed
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"
+    ]
+    header, _, *rows = cells
+    assert header == ["lr0", "schedule", "test accuracy", "test loss", "lr halfway", "time", "overhead"]
+    assert [row[:2] for row in rows] == [
+        [lr, schedule]
+        for lr in ("0.001", "0.1")
+        for schedule in ("constant", "linear", "cosine", "step", "AutoLR.paper", "AutoLR")
+    ]
+    worst = min(row[2] for row in rows if row[1] == "constant")
+    assert f"Worst of the starts: constant {worst}," in table
+    assert "--optimizer sgd --epochs 2 --seed 0 --lr 0.001 0.1`" in table
+    assert f"torch {torch.__version__}" in table
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_autolr_learns_the_digits_from_a_start_where_cosine_does_not(optimizer):
+    digits = demo.load_digits(seed=0)
+    setting = {"optimizer": optimizer, "lr": 1e-5, "total_steps": 132, "seed": 0}
+    cosine, auto = (demo.train(digits, schedule, **setting) for schedule in ("cosine", "AutoLR"))
+    assert cosine.accuracy < 0.5
+    assert auto.accuracy > 0.95
+    assert auto.lr_halfway > 100 * cosine.lr_halfway
+    assert auto.curve.losses[-1] < auto.curve.losses[0]
+    assert auto.overhead > cosine.overhead > 0
+
+
+def test_digits_are_split_without_overlap():
+    digits = demo.load_digits(seed=1)
+    assert [len(labels) for _, labels in digits] == [1078, 359, 360]
+    assert digits.train[0].shape == (1078, 1, 8, 8)
+    assert digits.train[0].max() == 1
+    images = torch.cat([images for images, _ in digits]).flatten(1)
+    assert len(images.unique(dim=0)) == len(images)
+    assert sum(p.numel() for p in demo.network().parameters()) == 24058
+
+
+def test_baselines_by_hand():
+    expected = {"constant": [1, 1, 1, 1], "linear": [1, 2 / 3, 1 / 3, 0], "cosine": [1, 0.75, 0.25, 0],
+                "step": [1, 0.1, 0.01, 0.001]}  # fmt: skip
+    for name, make in demo.BASELINES.items():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        scheduler = make(optimizer, 3)
+        assert isinstance(scheduler, LRScheduler)
+        lrs = [scheduler.get_last_lr()[0]]
+        for _ in range(3):
+            optimizer.step()
+            scheduler.step()
+            lrs.append(scheduler.get_last_lr()[0])
+        assert lrs == pytest.approx(expected[name], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "COMMAND"),
+        (["demo", "--lr", "0"], "'0' cannot be used; give a positive float"),
+        (["demo", "--epochs", "1.5"], "'1.5' cannot be used; give a positive int"),
+        (["demo", "--optimizer", "adam"], "invalid choice: 'adam'"),
+    ],
+)
+def test_bad_arguments(argv, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--epochs", "1"])
+    assert stopped.value.code == 2
+    assert "pip install 'autolr_fast[demo]'" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.strip() == __version__

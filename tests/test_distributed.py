@@ -1,0 +1,113 @@
+"""Two processes with gloo: each with its own batches, one learning rate."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from autolr_fast import AutoLR
+from autolr_fast.distributed import mean_over_ranks
+
+from .helpers import assert_same, convnet, everything, mlp, train_step
+
+RANKS = 2
+STEPS = 8
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+
+def start(name, direction, evaluator, wrap):
+    torch.manual_seed(5)
+    model = convnet(dropout=0.0) if name == "convnet" else mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model = wrap(model)
+    scheduler = AutoLR(
+        optimizer, model, every=2, calibrate=3, direction=direction, evaluator=evaluator, total_steps=20
+    )
+    return model, optimizer, scheduler
+
+
+def loss_at(model, name, rank, step):
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    shape = (8, 2, 4, 4) if name == "convnet" else (8, 5)
+    x = torch.randn(shape, generator=generator)
+    return F.cross_entropy(model(x), torch.randint(3, (8,), generator=generator))
+
+
+def trained(rank, case):
+    name = case[0]
+    model, optimizer, scheduler = start(*case, DistributedDataParallel)
+    rows = []
+    for step in range(STEPS):
+        loss_of = partial(loss_at, name=name, rank=rank, step=step)
+        train_step(model, optimizer, loss_of)
+        before = everything(model, optimizer)
+        scheduler.step(partial(loss_of, model))
+        probe = scheduler.last_probe
+        if probe.rounds == 1:  # calibration moves the parameters
+            assert_same(before, everything(model, optimizer))
+        rows.append((scheduler.get_last_lr()[0], probe.losses, probe.evaluator))
+    return rows, [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def worker(rank, directory, cases):
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
+    torch.set_num_threads(1)
+    results = [trained(rank, case) for case in cases]
+    results.append(mean_over_ranks(torch.tensor([1.0 + rank, 10.0 * rank]), None))
+    torch.save(results, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+CASES = [
+    ("mlp", "step", "inplace"),
+    ("mlp", "step", "auto"),
+    ("mlp", "gradient", "inplace"),
+    ("convnet", "step", "inplace"),
+    ("convnet", "step", "auto"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (str(directory), CASES), nprocs=RANKS)
+    return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def test_mean_by_hand(results):
+    for of_rank in results:
+        assert of_rank[-1].tolist() == [1.5, 5.0]
+    assert mean_over_ranks(torch.tensor([3.0]), None).item() == 3.0
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])
+def test_ranks_agree_bitwise(results, case):
+    (rows, parameters), (other_rows, other_parameters) = (of_rank[case] for of_rank in results)
+    assert [row[0] for row in rows] == [row[0] for row in other_rows]
+    assert [row[2] for row in rows] == [row[2] for row in other_rows]
+    assert_same([row[1] for row in rows], [row[1] for row in other_rows])
+    assert_same(parameters, other_parameters)
+    assert len({row[0] for row in rows}) > 5
+
+
+@pytest.mark.parametrize("case", [0, 1, 2], ids=["-".join(case) for case in CASES[:3]])
+def test_ranks_equal_one_process_with_all_batches(results, case):
+    """Without BatchNorm the mean of the ranks' losses is the loss of their batches together."""
+    model, optimizer, scheduler = start(*CASES[case], lambda model: model)
+
+    def loss(model, step):
+        return torch.stack([loss_at(model, CASES[case][0], rank, step) for rank in range(RANKS)]).mean()
+
+    rows, parameters = results[0][case]
+    for step, (lr, losses, _) in enumerate(rows):
+        train_step(model, optimizer, lambda model, step=step: loss(model, step))
+        scheduler.step(lambda step=step: loss(model, step))
+        torch.testing.assert_close(scheduler.last_probe.losses, losses, rtol=1e-4, atol=1e-5)
+        assert scheduler.get_last_lr()[0] == pytest.approx(lr, rel=1e-3)
+    for ours, theirs in zip(parameters, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-3, atol=1e-4)
