@@ -1,0 +1,60 @@
+"""What the README says runs, and its figures are those of the results it names."""
+
+import copy
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from autolr_fast import FACTORS_3, AutoLR
+
+from .helpers import mlp, problem, sgd
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LOOP, EQUIVALENT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_loop_runs_as_it_stands():
+    model = mlp()
+    x, y = torch.randn(12, 5), torch.randint(3, (12,))
+    scope = {"torch": torch, "model": model, "loss_fn": F.cross_entropy, "loader": [(x, y)] * 20, "epochs": 3}
+    first = F.cross_entropy(model(x), y).item()
+    exec(LOOP, scope)
+    assert scope["scheduler"].last_probe.step == 60
+    assert F.cross_entropy(model(x), y).item() < 0.5 * first
+
+
+def test_the_equivalent_is_equivalent():
+    model, _ = problem("mlp")
+    x, y = torch.randn(12, 5), torch.randint(3, (12,))
+    optimizer = sgd(model, momentum=0.9)
+    scheduler = AutoLR(optimizer, model, calibrate=0, every=1, window=1)
+    scope = {"copy": copy, "math": math, "model": model, "loss_fn": F.cross_entropy, "x": x, "y": y}
+    scope |= {"factors": FACTORS_3, "lr": 0.1, "prev": [p.detach().clone() for p in model.parameters()]}
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    exec(EQUIVALENT, scope)
+    scheduler.step(lambda: F.cross_entropy(model(x), y))
+    assert scheduler.get_last_lr()[0] == pytest.approx(scope["lr"], rel=1e-4)
+    assert scope["lr"] != 0.1
+
+
+def test_the_table_is_that_of_the_demo():
+    runs = re.findall(r"^\| (\S+) \| (\S+) \| (\S+) \|.*?(\S+) \|$", results, re.MULTILINE)
+    runs = [run for run in runs if run[0] not in ("lr0", "---")]
+    starts = list(dict.fromkeys(lr0 for lr0, *_ in runs))
+    assert f"| schedule | {' | '.join(starts)} |" in README
+    for schedule in dict.fromkeys(schedule for _, schedule, *_ in runs):
+        accuracies = [accuracy for _, name, accuracy, _ in runs if name == schedule]
+        assert f"| {schedule} | {' | '.join(accuracies)} |" in README.replace("**", "").replace("`", "")
+    overheads = [float(overhead.rstrip("%")) for _, name, _, overhead in runs if name == "AutoLR"]
+    assert f"{min(overheads):.0f} to {max(overheads):.0f} % of the training time" in README
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
