@@ -44,6 +44,7 @@ def test_the_equivalent_is_equivalent():
 
 
 def test_the_table_is_that_of_the_demo():
+    results = (ROOT / "docs/demo.md").read_text(encoding="utf-8")
     runs = re.findall(r"^\| (\S+) \| (\S+) \| (\S+) \|.*?(\S+) \|$", results, re.MULTILINE)
     runs = [run for run in runs if run[0] not in ("lr0", "---")]
     starts = list(dict.fromkeys(lr0 for lr0, *_ in runs))
