@@ -1,0 +1,295 @@
+"""What is done to all parameters at once: one operator call for each (device, dtype), by the fastest backend.
+
+The functions check and group; the operators only write. A fast backend sees tensors whose elements lie in the same
+order in memory without gaps: where that is not so, a function copies to a tensor where it is, and back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..scoring import NORMALIZATIONS
+from . import plain  # noqa: F401, registers the backend that serves everywhere
+from .backends import BackendError, choose, explain
+from .schemas import BACKENDS, SCHEMAS, overload
+
+__all__ = [
+    "BACKENDS",
+    "MAX_ROWS",
+    "SCHEMAS",
+    "BackendError",
+    "choose",
+    "explain",
+    "score",
+    "stack_candidates",
+    "stack_gradient_candidates",
+    "stacked_sgd_step",
+]
+
+MAX_ROWS = 64
+"""Candidates, or stacked models, that one call can write."""
+
+
+def stack_candidates(
+    prev: Sequence[Tensor],
+    now: Sequence[Tensor],
+    factors: Sequence[float],
+    out: Sequence[Tensor],
+    *,
+    backend: str | None = None,
+) -> None:
+    """Write ``prev + f * (now - prev)`` for every factor: each input is read once, each output written once.
+
+    A factor of 1 gives exactly ``now`` and one of 0 exactly ``prev``; in between and beyond it is the two-sided
+    formula of :func:`torch.lerp`, from the nearer end, rounded operation by operation.
+
+    Args:
+        prev: P tensors, of any shapes, strides, floating-point dtypes and devices.
+        now: P tensors like them.
+        factors: N numbers, 1 to 64.
+        out: P tensors ``[N, *shape]``, written in place.
+        backend: one asked for by name; see :mod:`autolr_fast.ops.backends`.
+
+    Raises:
+        ValueError: if numbers, shapes, dtypes or devices do not match.
+        TypeError: if a tensor is not of a floating-point dtype.
+        BackendError: if the backend asked for cannot serve.
+
+    Example:
+        >>> out = torch.empty(3, 2)
+        >>> stack_candidates([torch.tensor([0.0, 1.0])], [torch.tensor([1.0, 3.0])], [2.0, 1.0, 0.5], [out])
+        >>> out.tolist()
+        [[2.0, 5.0], [1.0, 3.0], [0.5, 2.0]]
+    """
+    factors = _check_count("factors", factors)
+    _check_tensors(len(factors), {"prev": prev, "now": now}, {"out": out})
+    for device, indices in _groups(now):
+        rows = _Rows([out[i] for i in indices])
+        operator = overload("stack_candidates", choose(device.type, backend))
+        operator(rows.align(prev[i] for i in indices), rows.align(now[i] for i in indices), factors, rows.dense)
+        rows.copy_back()
+
+
+def stack_gradient_candidates(
+    now: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    lr: Tensor,
+    factors: Sequence[float],
+    out: Sequence[Tensor],
+    *,
+    backend: str | None = None,
+) -> None:
+    """Write ``now - f * lr * grad`` for every factor; arguments as in :func:`stack_candidates`, and ``lr`` [P].
+
+    Example:
+        >>> out, lr = torch.empty(2, 1), torch.tensor([0.1], dtype=torch.float64)
+        >>> stack_gradient_candidates([torch.tensor([1.0])], [torch.tensor([2.0])], lr, [5.0, 0.0], [out])
+        >>> out.tolist()
+        [[0.0], [1.0]]
+    """
+    factors = _check_count("factors", factors)
+    _check_tensors(len(factors), {"now": now, "grad": grad}, {"out": out})
+    if lr.dtype != torch.float64 or lr.shape != (len(now),):
+        raise ValueError(f"lr is {lr.dtype} {list(lr.shape)}: expected torch.float64 [{len(now)}], one a tensor")
+    for device, indices in _groups(now):
+        rows = _Rows([out[i] for i in indices])
+        rates = (lr if len(indices) == len(now) else lr[indices]).to(device)
+        operator = overload("stack_gradient_candidates", choose(device.type, backend))
+        operator(
+            rows.align(now[i] for i in indices), rows.align(grad[i] for i in indices), rates, factors, rows.dense
+        )
+        rows.copy_back()
+
+
+def stacked_sgd_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    weight_decay: Sequence[float],
+    dampening: Sequence[float],
+    nesterov: Sequence[bool],
+    first_step: bool,
+    backend: str | None = None,
+) -> None:
+    """Take one step of :class:`torch.optim.SGD` for each of K stacked models, each with its own settings.
+
+    Args:
+        params: P tensors ``[K, *shape]``, updated in place.
+        grads: P tensors like them.
+        momentum_buffers: P tensors like them, updated in place; not used for a model without momentum.
+        lr: K learning rates, 1 to 64.
+        momentum: K numbers.
+        weight_decay: K numbers.
+        dampening: K numbers.
+        nesterov: K of them.
+        first_step: whether the momentum buffers are still to be set to the gradients.
+        backend: one asked for by name; see :mod:`autolr_fast.ops.backends`.
+
+    Raises:
+        ValueError: if numbers, shapes, dtypes or devices do not match.
+        TypeError: if a tensor is not of a floating-point dtype.
+        BackendError: if the backend asked for cannot serve.
+
+    Example:
+        >>> param, grad, buffer = torch.ones(2, 1), torch.ones(2, 1), torch.zeros(2, 1)
+        >>> plain = {"momentum": [0, 0], "weight_decay": [0, 0], "dampening": [0, 0], "nesterov": [False, False]}
+        >>> stacked_sgd_step([param], [grad], [buffer], lr=[0.5, 0.25], **plain, first_step=True)
+        >>> param.tolist()
+        [[0.5], [0.75]]
+    """
+    lr = _check_count("lr", lr)
+    settings = {"momentum": momentum, "weight_decay": weight_decay, "dampening": dampening, "nesterov": nesterov}
+    for name, values in settings.items():
+        if len(values) != len(lr):
+            raise ValueError(f"{name} has {len(values)} values and lr {len(lr)}: give one for each model")
+    stacked = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers}
+    _check_tensors(len(lr), {}, stacked)
+    for device, indices in _groups(params):
+        rows = _Rows([params[i] for i in indices])
+        buffers = _Rows([momentum_buffers[i] for i in indices], like=rows)
+        gradients = _Rows([grads[i] for i in indices], like=rows)
+        operator = overload("stacked_sgd_step", choose(device.type, backend))
+        operator(rows.dense, gradients.dense, buffers.dense, lr, *settings.values(), first_step)
+        rows.copy_back()
+        buffers.copy_back()
+
+
+def score(
+    losses: Tensor,
+    factors: Sequence[float],
+    level: Tensor,
+    *,
+    normalize: str = "minmax",
+    exponent: float = 1.0,
+    lowest: float = 0.0,
+    highest: float = math.inf,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weigh the factors by ``exp(-x)`` of the normalised losses, and move the level; nothing waits for the device.
+
+    Args:
+        losses: [N] float64.
+        factors: N positive numbers, 1 to 64.
+        level: 0-dim float64 on the same device; becomes ``level * factor ** exponent``, within the limits.
+        normalize: a name in :data:`autolr_fast.scoring.NORMALIZATIONS`.
+        exponent: what the logarithm of the factor is scaled by.
+        lowest: lower limit of the level.
+        highest: upper limit of the level.
+        backend: one asked for by name; see :mod:`autolr_fast.ops.backends`.
+
+    Returns:
+        ``(weights, factor)`` as :func:`autolr_fast.scoring.weigh` defines them.
+
+    Raises:
+        ValueError: if numbers, dtypes or devices do not match, or the normalisation is not known.
+        BackendError: if the backend asked for cannot serve.
+
+    Example:
+        >>> level = torch.tensor(0.1, dtype=torch.float64)
+        >>> weights, factor = score(torch.tensor([0.9, 1.0, 1.2], dtype=torch.float64), [2.0, 1.0, 0.5], level)
+        >>> round(factor.item(), 3), round(level.item(), 4)
+        (1.234, 0.1234)
+    """
+    factors = _check_count("factors", factors)
+    for name, tensor, shape in (("losses", losses, (len(factors),)), ("level", level, ())):
+        if tensor.dtype != torch.float64 or tensor.shape != shape or tensor.device != level.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}: expected torch.float64 "
+                f"{list(shape)} on {level.device}"
+            )
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize={normalize!r} is not known: use one of {', '.join(NORMALIZATIONS)}")
+    weights, factor = torch.empty_like(losses), torch.empty_like(level)
+    operator = overload("score", choose(level.device.type, backend))
+    operator(losses.contiguous(), factors, normalize, exponent, lowest, highest, level, weights, factor)
+    return weights, factor
+
+
+class _Rows:
+    """P stacked tensors ``[N, *shape]`` whose rows are dense and follow each other, or such stand-ins for them."""
+
+    def __init__(self, stacked: Sequence[Tensor], like: _Rows | None = None):
+        if like is None:
+            self._layouts = [_dense_strides(tensor[0]) for tensor in stacked]
+        else:
+            self._layouts = like._layouts
+        self._stacked = stacked
+        self.dense = [
+            tensor if tensor.stride()[1:] == layout and _is_back_to_back(tensor) else _aligned(tensor, layout)
+            for tensor, layout in zip(stacked, self._layouts, strict=True)
+        ]
+
+    def align(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return the tensors ``[*shape]`` with their elements in the order of a row's."""
+        return [
+            tensor.detach() if tensor.stride() == layout else _aligned(tensor.detach().unsqueeze(0), layout)[0]
+            for tensor, layout in zip(tensors, self._layouts, strict=True)
+        ]
+
+    def copy_back(self) -> None:
+        """Bring what was written to stand-ins to where it belongs."""
+        for tensor, dense in zip(self._stacked, self.dense, strict=True):
+            if tensor is not dense:
+                tensor.copy_(dense)
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides of the tensor if it is dense, else those of a dense tensor most like it."""
+    if tensor.is_contiguous():
+        return tensor.stride()
+    return torch.empty_like(tensor, device="meta").stride()
+
+
+def _is_back_to_back(stacked: Tensor) -> bool:
+    return len(stacked) == 1 or stacked.stride(0) == stacked[0].numel()
+
+
+def _aligned(stacked: Tensor, layout: tuple[int, ...]) -> Tensor:
+    dense = torch.empty_strided(
+        stacked.shape, (stacked[0].numel(), *layout), dtype=stacked.dtype, device=stacked.device
+    )
+    return dense.copy_(stacked)
+
+
+def _groups(tensors: Sequence[Tensor]) -> list[tuple[torch.device, list[int]]]:
+    """Return the indices of the tensors with elements, for each device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.numel():
+            groups.setdefault((tensor.device, tensor.dtype), []).append(index)
+    return [(device, indices) for (device, _), indices in groups.items()]
+
+
+def _check_count(name: str, values: Sequence[float]) -> list[float]:
+    if not 1 <= len(values) <= MAX_ROWS:
+        raise ValueError(f"{name} has {len(values)} values: give 1 to {MAX_ROWS}")
+    return [float(value) for value in values]
+
+
+def _check_tensors(count: int, flat: dict[str, Sequence[Tensor]], stacked: dict[str, Sequence[Tensor]]) -> None:
+    """Check that all lists are alike: those in ``stacked`` with ``count`` rows, those in ``flat`` without."""
+    lists = {**flat, **stacked}
+    model_name, model = next(iter(lists.items()))
+    for name, tensors in lists.items():
+        if len(tensors) != len(model):
+            raise ValueError(f"{name} has {len(tensors)} tensors and {model_name} {len(model)}: give one for each")
+        for index, (tensor, other) in enumerate(zip(tensors, model, strict=True)):
+            shape = other.shape if model_name in flat else other.shape[1:]
+            expected = (count, *shape) if name in stacked else shape
+            if tensor.shape != expected or tensor.dtype != other.dtype or tensor.device != other.device:
+                raise ValueError(
+                    f"{name}[{index}] is {tensor.dtype} {list(tensor.shape)} on {tensor.device}: expected "
+                    f"{other.dtype} {list(expected)} on {other.device}, like {model_name}[{index}]"
+                )
+    for index, tensor in enumerate(model):
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{model_name}[{index}] is {tensor.dtype}: only real floating-point tensors can be scaled"
+            )

@@ -1,0 +1,104 @@
+"""The backend ``torch``: the operators in plain PyTorch, on any device. What the others are tested against.
+
+Products and sums are rounded one by one (no fused multiply-add), so that every backend has the same bits in
+float32 and float64. float16 and bfloat16 are computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..scoring import NORMALIZATIONS, SCORES, weigh
+from .schemas import LIBRARY
+
+__all__: list[str] = []
+
+
+def _stack_candidates(
+    prev: Sequence[Tensor], now: Sequence[Tensor], factors: Sequence[float], out: Sequence[Tensor]
+):  # type: ignore[no-untyped-def]
+    for before, after, rows in zip(prev, now, out, strict=True):
+        start, end = _wide(before), _wide(after)
+        step = end - start
+        for factor, row in zip(factors, rows.unbind(0), strict=True):
+            # The end that is nearer is the base, as in torch.lerp, so that factors of 0 and 1 are exact.
+            if abs(factor) < 0.5:
+                _write(row, start, factor, step)
+            else:
+                _write(row, end, factor - 1.0, step)
+
+
+def _stack_gradient_candidates(
+    now: Sequence[Tensor], grad: Sequence[Tensor], lr: Tensor, factors: Sequence[float], out: Sequence[Tensor]
+) -> None:
+    for value, gradient, rate, rows in zip(now, grad, lr.unbind(0), out, strict=True):
+        base, step = _wide(value), _wide(gradient)
+        for factor, row in zip(factors, rows.unbind(0), strict=True):
+            _write(row, base, -(factor * rate).to(base.dtype), step)
+
+
+def _stacked_sgd_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    weight_decay: Sequence[float],
+    dampening: Sequence[float],
+    nesterov: Sequence[bool],
+    first_step: bool,
+) -> None:
+    for param, grad, buffer in zip(params, grads, momentum_buffers, strict=True):
+        for k in range(len(lr)):
+            p, g, b = _wide(param[k]), _wide(grad[k]), _wide(buffer[k])
+            if weight_decay[k] != 0:
+                g = g + weight_decay[k] * p
+            if momentum[k] != 0:
+                b = g if first_step else momentum[k] * b + (1.0 - dampening[k]) * g
+                buffer[k].copy_(b)
+                g = g + momentum[k] * b if nesterov[k] else b
+            param[k].copy_(p - lr[k] * g)
+
+
+def _score(
+    losses: Tensor,
+    factors: Sequence[float],
+    normalize: str,
+    exponent: float,
+    lowest: float,
+    highest: float,
+    level: Tensor,
+    weights: Tensor,
+    factor: Tensor,
+) -> None:
+    weighed, mean = weigh(losses, factors, NORMALIZATIONS[normalize], SCORES["exp"])
+    weights.copy_(weighed)
+    factor.copy_(mean)
+    level.mul_(mean**exponent).clamp_(lowest, highest)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _write(row: Tensor, base: Tensor, coefficient: float | Tensor, step: Tensor) -> None:
+    """Write ``base + coefficient * step``; with a coefficient of 0 the base, whatever the step."""
+    if isinstance(coefficient, float) and coefficient == 0:
+        row.copy_(base)
+    elif row.dtype == base.dtype:
+        torch.mul(step, coefficient, out=row)
+        row.add_(base)
+    else:
+        row.copy_(step * coefficient + base)
+
+
+for _name, _function in {
+    "stack_candidates": _stack_candidates,
+    "stack_gradient_candidates": _stack_gradient_candidates,
+    "stacked_sgd_step": _stacked_sgd_step,
+    "score": _score,
+}.items():
+    LIBRARY.impl(f"{_name}.torch", _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
