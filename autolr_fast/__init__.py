@@ -1,7 +1,8 @@
 """Finds the learning rate while a PyTorch training runs."""
 
+from .candidates import Line
 from .evaluators import EVALUATORS, Auto, Evaluator, EvaluatorError, InPlace, Stacked
-from .isolation import ClosureError
+from .isolation import Closure, ClosureError, Isolation
 from .probe import Probe
 from .scheduler import AutoLR
 from .scoring import FACTORS_3, FACTORS_5, FACTORS_7
@@ -13,10 +14,13 @@ __all__ = [
     "FACTORS_7",
     "Auto",
     "AutoLR",
+    "Closure",
     "ClosureError",
     "Evaluator",
     "EvaluatorError",
     "InPlace",
+    "Isolation",
+    "Line",
     "Probe",
     "Stacked",
     "__version__",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-__all__ = ["ANNEALINGS", "Annealing", "resolve_annealing"]
+__all__ = ["ANNEALINGS", "Annealing", "check_multiplier", "resolve_annealing"]
 
 Annealing = Callable[[float], float]
 """From the fraction of training done, 0 to 1, to a multiplier of the level."""
@@ -39,9 +39,13 @@ def resolve_annealing(anneal: str | Annealing) -> Annealing:
             f"anneal={anneal!r}: expected one of {names}, or a callable from a fraction to a multiplier"
         )
     for fraction in (0.0, 0.5, 1.0):
-        multiplier = anneal(fraction)
-        if not isinstance(multiplier, (int, float)) or not math.isfinite(multiplier) or multiplier < 0:
-            raise ValueError(
-                f"anneal={anneal!r} returned {multiplier!r} at {fraction}: it must return a finite number >= 0"
-            )
+        check_multiplier(anneal, fraction, anneal(fraction))
     return anneal
+
+
+def check_multiplier(anneal: Annealing, fraction: float, multiplier: object) -> None:
+    """Raise a ValueError if what an annealing returned is not a finite number that is not negative."""
+    if not isinstance(multiplier, (int, float)) or not math.isfinite(multiplier) or multiplier < 0:
+        raise ValueError(
+            f"anneal={anneal!r} returned {multiplier!r} at {fraction}: it must return a finite number >= 0"
+        )

@@ -1,18 +1,20 @@
-"""Agreement between ranks: what is decided from is averaged first, so that every rank decides the same."""
+"""Several ranks: what is decided from is averaged first, so that every rank decides the same; sharded models."""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.fsdp import FSDPModule
 else:
     ProcessGroup = object  # torch builds without distributed support have no such class
 
-__all__ = ["ProcessGroup", "mean_over_ranks"]
+__all__ = ["ProcessGroup", "is_sharded", "mean_over_ranks", "reshard"]
 
 
 def mean_over_ranks(tensor: Tensor, process_group: ProcessGroup | None) -> Tensor:
@@ -27,3 +29,19 @@ def mean_over_ranks(tensor: Tensor, process_group: ProcessGroup | None) -> Tenso
     total = tensor.clone()
     dist.all_reduce(total, group=process_group)
     return total / dist.get_world_size(process_group)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether :func:`torch.distributed.fsdp.fully_shard` was applied to the model or a part of it."""
+    return bool(_sharded_modules(model))
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that a sharded model gathered for a forward; nothing to do for another model."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a sharded model has imported it
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)] if fsdp else []

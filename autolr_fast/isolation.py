@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CALLED_BACKWARD", "Closure", "ClosureError", "Isolation", "scalar_loss"]
+from .distributed import reshard
+
+__all__ = ["CALLED_BACKWARD", "REMEDY", "Closure", "ClosureError", "Isolation", "check_repeatable", "scalar_loss"]
 
 Closure = Callable[[], Tensor]
 """Returns the scalar loss of one batch; does not call backward."""
 
-_REMEDY = "write it as `lambda: loss_fn(model(x), y)`"
+REMEDY = "write it as `lambda: loss_fn(model(x), y)`"
 CALLED_BACKWARD = (
-    f"closure called backward(); a probe only needs the loss: {_REMEDY} and keep zero_grad(), backward() and "
+    f"closure called backward(); a probe only needs the loss: {REMEDY} and keep zero_grad(), backward() and "
     "optimizer.step() outside"
 )
 
@@ -31,12 +33,13 @@ class ClosureError(TypeError):
 class Isolation:
     """Runs a closure any number of times as if it had never run.
 
-    Inside the ``with`` block gradients are out of the closure's reach; at each :meth:`run` the buffers and the
-    random-number streams (torch's on every initialised device, Python's, NumPy's where it is loaded) start
-    from what they were, so all candidates see the same dropout masks. Generators the closure owns are its own.
+    Inside the ``with`` block gradients are out of the closure's reach; at each :meth:`run` the modules (buffers,
+    other attributes, train or eval mode, which parameters require a gradient) and the random-number streams
+    (torch's on every initialised device, Python's, NumPy's where it is loaded) start from what they were, so all
+    candidates see the same dropout masks. What the closure owns besides is its own: other modules, generators.
 
     Args:
-        model: the module whose gradients and buffers are protected.
+        model: the module that is protected, with all its submodules.
 
     Example:
         >>> model = nn.BatchNorm1d(2)
@@ -50,14 +53,11 @@ class Isolation:
         self._model = model
 
     def __enter__(self) -> Isolation:
+        self._modules = [_ModuleState(module) for module in self._model.modules()]
         self._gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
-        self._buffers = [
-            (module, name, buffer, buffer.detach().clone())
-            for module in self._model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
         for parameter, _ in self._gradients:
             parameter.grad = None
+        reshard(self._model)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -81,7 +81,7 @@ class Isolation:
 
     @contextmanager
     def rewound(self) -> Iterator[None]:
-        """Put buffers, random-number streams and autocast's cache back at the end of the block."""
+        """Put modules, random-number streams and autocast's cache back at the end of the block."""
         # Autocast caches casts by tensor: a cast of one candidate's weights must not serve the next.
         torch.clear_autocast_cache()
         try:
@@ -89,11 +89,60 @@ class Isolation:
                 yield
         finally:
             torch.clear_autocast_cache()
-            with torch.no_grad():
-                for module, name, buffer, saved in self._buffers:
-                    if module._buffers[name] is not buffer:
-                        module._buffers[name] = buffer
-                    buffer.copy_(saved)
+            for module in self._modules:
+                module.restore()
+            # A forward without a backward leaves whole parameters behind, and they would serve the next forward.
+            reshard(self._model)
+
+
+class _ModuleState:
+    """What a module holds itself: its attributes, buffers among them, and the values of those that are tensors."""
+
+    def __init__(self, module: nn.Module):
+        self._dicts = [(live, dict(live)) for live in (module.__dict__, module._buffers)]
+        self._flags = [(parameter, parameter.requires_grad) for parameter in module.parameters(recurse=False)]
+        tensors = {
+            id(value): value
+            for _, saved in self._dicts
+            for value in saved.values()
+            if isinstance(value, Tensor) and _is_writable(value)
+        }
+        self._values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for live, saved in self._dicts:
+            if live.keys() != saved.keys() or any(live[name] is not saved[name] for name in saved):
+                live.clear()
+                live.update(saved)
+        for parameter, flag in self._flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        for tensor, value in self._values:
+            tensor.copy_(value)
+
+
+def _is_writable(tensor: Tensor) -> bool:
+    """Whether in-place operations take the tensor; one that they refuse does not change."""
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return not expanded and not tensor.is_inference()
+
+
+def check_repeatable(model: nn.Module, closure: Closure) -> None:
+    """Run the closure twice at the same weights.
+
+    Raises:
+        ClosureError: if the two losses differ: then candidates cannot be compared.
+    """
+    with Isolation(model) as isolation:
+        first, second = (isolation.run(closure).double() for _ in range(2))
+    # Some GPU operations add up in another order each time.
+    if not torch.allclose(first, second, rtol=1e-3, atol=0.0, equal_nan=True):
+        raise ClosureError(
+            f"closure returned {first.item():.6g} and then {second.item():.6g} at the same weights; all candidates "
+            "must see one batch: take it outside, as in `x, y = next(batches)` and then "
+            "`scheduler.step(lambda: loss_fn(model(x), y))`"
+        )
 
 
 def scalar_loss(closure: Closure) -> Tensor:
@@ -106,7 +155,7 @@ def scalar_loss(closure: Closure) -> Tensor:
         raise
     if not isinstance(loss, Tensor):
         raise ClosureError(
-            f"closure returned {loss!r} ({type(loss).__name__}), not a loss tensor: {_REMEDY}, without .item()"
+            f"closure returned {loss!r} ({type(loss).__name__}), not a loss tensor: {REMEDY}, without .item()"
         )
     if loss.numel() != 1:
         raise ClosureError(

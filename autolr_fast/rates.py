@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .annealing import Annealing
+from .annealing import Annealing, check_multiplier
 
 __all__ = ["Rates"]
 
@@ -48,7 +48,7 @@ class Rates:
         self._min_lr = min_lr
         self._max_lr = max_lr
         groups = optimizer.param_groups
-        rates = [group.get("initial_lr", group["lr"]) for group in groups]
+        rates = [group["lr"] for group in groups]
         self.base: list[float] = []
         for rate in rates:
             self._append(rate, scale=1.0)
@@ -65,7 +65,10 @@ class Rates:
         """Return what annealing multiplies the level by after ``step`` optimizer steps."""
         if self._total_steps is None:
             return 1.0
-        return self._annealing(min(1.0, step / self._total_steps))
+        fraction = min(1.0, step / self._total_steps)
+        multiplier = self._annealing(fraction)
+        check_multiplier(self._annealing, fraction, multiplier)
+        return multiplier
 
     def annealed(self, step: int) -> Tensor:
         """Return the level after ``step`` optimizer steps, annealed and within the limits, 0-dim."""
@@ -104,13 +107,19 @@ class Rates:
 
     def _append(self, rate: float | Tensor, scale: float) -> None:
         index = len(self.base)
-        if isinstance(rate, Tensor) and rate.numel() != 1:
-            raise ValueError(f"lr of param group {index} has shape {list(rate.shape)}: use a 0-dim tensor")
+        if isinstance(rate, Tensor):
+            if rate.numel() != 1:
+                raise ValueError(f"lr of param group {index} has shape {list(rate.shape)}: use a 0-dim tensor")
+            if rate.requires_grad or rate.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"lr of param group {index} is a {rate.dtype} tensor with requires_grad={rate.requires_grad}: "
+                    "it is written in place, so use a float32 or float64 one that requires no gradient"
+                )
         value = float(rate)
         if not (math.isfinite(value) and value > 0):
             raise ValueError(
-                f"lr={value} of param group {index} is not positive and finite: any positive number is a start; to "
-                "freeze a group use requires_grad_(False)"
+                f"lr={value} of param group {index} is not positive and finite: give it any positive rate; to "
+                "freeze its parameters use requires_grad_(False) as well"
             )
         if not self._min_lr <= value <= self._max_lr:
             raise ValueError(

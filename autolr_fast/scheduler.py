@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from .annealing import Annealing, resolve_annealing
-from .calibration import Look, search, steady_state
+from .calibration import Look, is_unseen, search, steady_state
 from .candidates import GradientLine, Line, StepLine, candidate_parameters
 from .distributed import ProcessGroup, mean_over_ranks
 from .evaluators import Evaluator, resolve_evaluator
-from .isolation import Closure
+from .isolation import Closure, check_repeatable
 from .probe import Probe
 from .rates import Rates
-from .scoring import FACTORS_3, NORMALIZATIONS, SCORES, Rule, check_factors, resolve, weigh
+from .scoring import FACTORS_3, Rule, check_factors, resolve_rules, weigh
 from .snapshots import Cadence, Snapshots
 
 __all__ = ["AutoLR"]
@@ -41,7 +41,7 @@ class AutoLR(LRScheduler):
         optimizer: any :class:`torch.optim.Optimizer` but LBFGS. Its param groups keep their ratios to each
             other; a group added later keeps its ratio from then on.
         model: the module whose parameters the optimizer trains, wrapped or compiled or not.
-        factors: N different positive numbers.
+        factors: N different positive numbers, some above 1 and some below.
         score: ``"exp"``, or a callable from x [N] to weights [N], not negative.
         normalize: what the score sees: ``"minmax"``, ``"zscore"``, ``"sum"`` (losses over their absolute sum),
             ``"none"``, or a callable from losses [N] to x [N]. A loss that is not finite weighs 0 and is shown
@@ -116,15 +116,20 @@ class AutoLR(LRScheduler):
         if direction not in ("step", "gradient"):
             raise ValueError(f"direction={direction!r} is not known: use 'step' or 'gradient'")
         windows = tuple(window) if isinstance(window, Sequence) else (window,)
-        for count in windows or (None,):
+        if not windows:
+            raise ValueError(f"window={window!r} is empty: give one number of optimizer steps, or several")
+        for count in windows:
             _check_count("window", count, at_least=1)
         _check_count("calibrate", calibrate, at_least=0)
         if every is not None:
             _check_count("every", every, at_least=1)
         if total_steps is not None:
             _check_count("total_steps", total_steps, at_least=1)
-        if not 0 < min_lr <= max_lr < math.inf:
-            raise ValueError(f"min_lr={min_lr}, max_lr={max_lr}: need 0 < min_lr <= max_lr, both finite")
+        limits = (min_lr, max_lr)
+        if not all(isinstance(limit, (int, float)) for limit in limits) or not 0 < min_lr <= max_lr < math.inf:
+            raise ValueError(
+                f"min_lr={min_lr!r}, max_lr={max_lr!r}: need numbers, 0 < min_lr <= max_lr, both finite"
+            )
 
         self.model = model
         self.factors = check_factors(factors)
@@ -133,14 +138,17 @@ class AutoLR(LRScheduler):
         self.evaluator = resolve_evaluator(evaluator)
         self.process_group = process_group
         self.last_probe: Probe | None = None
-        self._score = resolve("score", score, SCORES, len(self.factors))
-        self._normalize = resolve("normalize", normalize, NORMALIZATIONS, len(self.factors))
+        self._normalize, self._score = resolve_rules(normalize, score, len(self.factors))
+        self._maximizes = bool(optimizer.param_groups[0].get("maximize", False))
         self._rates = Rates(optimizer, resolve_annealing(anneal), total_steps, min_lr, max_lr)
         self._cadence = Cadence(every, calibrate, windows)
-        follows_steps = direction == "step"
-        self._snapshots = Snapshots(optimizer, self._cadence if follows_steps else Cadence(None, 0, (1,)))
+        # A fresh gradient needs no snapshot: steps are only counted.
+        counting = Cadence(every=None, calibrate=0, windows=(1,))
+        self._snapshots = Snapshots(optimizer, self._cadence if direction == "step" else counting)
         self._searched = calibrate == 0
+        self._repeatable = False
         self._probed_step = 0
+        self._offered_step = 0
         self._warned: set[str] = set()
         super().__init__(optimizer)
         self.base_lrs: list[float] = self._rates.base  # type: ignore[assignment]
@@ -158,8 +166,9 @@ class AutoLR(LRScheduler):
 
         Example:
             >>> model = nn.Linear(4, 1)
-            >>> AutoLR.paper(torch.optim.SGD(model.parameters(), lr=0.005), model)
-            AutoLR(lr=[0.005], factors=(2.0, 1.0, 0.5), every=1, window=1, calibrate=0, evaluator='stacked')
+            >>> AutoLR.paper(torch.optim.SGD(model.parameters(), lr=0.005), model)  # doctest: +NORMALIZE_WHITESPACE
+            AutoLR(lr=[0.005], factors=(2.0, 1.0, 0.5), every=1, window=1, direction='step', calibrate=0,
+            total_steps=None, evaluator='stacked')
         """
         setting: dict[str, Any] = {"every": 1, "window": 1, "calibrate": 0}
         return cls(optimizer, model, **{**setting, **overrides})
@@ -171,7 +180,9 @@ class AutoLR(LRScheduler):
 
         Args:
             closure: returns the scalar loss of one batch and does not call backward. It runs only when a probe
-                is due: N times, each time with the same random numbers. Without it no probe is made.
+                is due: N times, each time with the same random numbers (and twice at the first probe, to see
+                that it repeats itself). With ``maximize=True`` a higher value is better. Without a closure no
+                probe is made.
 
         Raises:
             TypeError: if ``closure`` is not callable.
@@ -190,6 +201,7 @@ class AutoLR(LRScheduler):
         self._rates.adopt_new_groups(max(self.last_epoch, 0))
         self._warn_of_missed_probes(now)
         if closure is not None and due is not None:
+            self._offered_step = now
             self._probe(closure, due, now)
         self.last_epoch = now
         self._step_count = now + 1
@@ -215,6 +227,7 @@ class AutoLR(LRScheduler):
             "optimizer_steps": self._snapshots.steps,
             "probed_step": self._probed_step,
             "searched": self._searched,
+            "warm": self._snapshots.warm,
             "base_lrs": list(self._rates.base),
             "level": self._rates.level.item(),
             "evaluator": self.evaluator.state(),
@@ -228,8 +241,11 @@ class AutoLR(LRScheduler):
             state_dict: of a scheduler with the same arguments and as many param groups.
 
         Raises:
-            ValueError: if keys are missing or unknown, or the number of param groups differs.
+            TypeError: if it is not a dict.
+            ValueError: if it is not of such a scheduler; nothing is loaded then.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict={state_dict!r}: pass what AutoLR.state_dict() returned")
         expected = set(self.state_dict())
         if set(state_dict) != expected:
             raise ValueError(
@@ -242,23 +258,37 @@ class AutoLR(LRScheduler):
                 f"state_dict is of {len(state_dict['base_lrs'])} param groups and the optimizer has {groups}: "
                 "give the optimizer the same groups before loading"
             )
+        if set(state_dict["evaluator"]) != set(self.evaluator.state()):
+            raise ValueError(
+                f"state_dict is of an evaluator with the state {state_dict['evaluator']}, and "
+                f"{self.evaluator.name!r} has {self.evaluator.state()}: give AutoLR the same evaluator"
+            )
+        steps, taken = state_dict["optimizer_steps"], state_dict["snapshots"]
+        self._snapshots.load(steps, taken, self._parameters())
+        self._snapshots.warm = state_dict["warm"]
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = self.last_epoch + 1
-        self._probed_step = state_dict["probed_step"]
+        self._probed_step = self._offered_step = state_dict["probed_step"]
         self._searched = state_dict["searched"]
         self._rates.base[:] = state_dict["base_lrs"]
         self._rates.set_level(state_dict["level"])
         self.evaluator.load(state_dict["evaluator"])
-        steps, taken = state_dict["optimizer_steps"], state_dict["snapshots"]
-        self._snapshots.load(steps, taken, self._parameters())
         self._apply()
+
+    def __reduce__(self) -> Any:
+        """Refuse to be copied or pickled: a copy would not hear of the optimizer's steps."""
+        raise TypeError(
+            "an AutoLR is bound to its optimizer and cannot be copied or pickled: save scheduler.state_dict(), and "
+            "load it into AutoLR(optimizer, model, ...) with the same arguments"
+        )
 
     def __repr__(self) -> str:
         lrs = ", ".join(f"{float(lr):.4g}" for lr in self.get_last_lr())
         windows = self._cadence.windows
         return (
             f"AutoLR(lr=[{lrs}], factors={self.factors}, every={self._cadence.every}, "
-            f"window={windows[0] if len(windows) == 1 else windows}, calibrate={self._cadence.calibrate}, "
+            f"window={windows[0] if len(windows) == 1 else windows}, direction={self.direction!r}, "
+            f"calibrate={self._cadence.calibrate}, total_steps={self.total_steps}, "
             f"evaluator={self.evaluator.name!r})"
         )
 
@@ -283,7 +313,10 @@ class AutoLR(LRScheduler):
         self.last_probe = Probe(
             step=now,
             window=line.window,
-            **seen._asdict(),
+            factors=tuple(seen.factors),
+            losses=seen.losses,
+            weights=seen.weights,
+            factor=seen.factor,
             lr_before=lr_before,
             lr_after=self._rates.current(),
             evaluator=self.evaluator.name,
@@ -291,9 +324,18 @@ class AutoLR(LRScheduler):
         )
 
     def _look(self, line: Line, factors: Sequence[float], closure: Closure) -> Look:
-        losses = self.evaluator.losses(self.model, line, factors, closure)
+        self._snapshots.probing = True
+        try:
+            if not self._repeatable:
+                check_repeatable(self.model, closure)
+                self._repeatable = True
+            losses = self.evaluator.losses(self.model, line, factors, closure)
+        finally:
+            self._snapshots.probing = False
+        precision = torch.finfo(losses.dtype).eps
         losses = mean_over_ranks(losses.double(), self.process_group).to(self._rates.level.device)
-        return Look(factors, losses, *weigh(losses, self.factors, self._normalize, self._score))
+        wanted = -losses if self._maximizes else losses
+        return Look(factors, losses, *weigh(wanted, self.factors, self._normalize, self._score), precision)
 
     def _search(self, line: Line, closure: Closure) -> tuple[int, Look]:
         taken = self._rates.annealed(max(self.last_epoch, 0)).item()
@@ -301,16 +343,22 @@ class AutoLR(LRScheduler):
         ratio, seen, rounds = search(
             lambda ratio: self._look(line, tuple(ratio * f for f in self.factors), closure), lowest, highest
         )
-        if not seen.losses.isfinite().any():
+        unseen = is_unseen(seen)
+        if unseen or not seen.losses.isfinite().any():
+            cause = (
+                "the step changed too little for the precision of the loss. Start from a higher learning rate"
+                if unseen
+                else "the loss was not finite at any scale of the step. Check the first batch and the loss"
+            )
             self._warn_once(
-                "AutoLR could not calibrate: the loss was not finite at any scale of the step. Parameters and "
-                "learning rate stay as they are; the next probe tries again. Check the first batch and the loss."
+                f"AutoLR could not calibrate: {cause}. Parameters and learning rate stay as they are; the next of "
+                f"the first {self._cadence.calibrate} steps tries again."
             )
             return rounds, seen._replace(factor=torch.ones_like(seen.factor))
         if line.window and ratio != 1.0:
             with torch.no_grad():
                 line.write(ratio, [parameter.clone() for parameter in line.parameters], line.parameters)
-        self._rates.set_level(taken * ratio * steady_state(self.optimizer))
+        self._rates.set_level(taken * ratio * steady_state(self.optimizer, self._snapshots.warm))
         self._searched = True
         return rounds, seen._replace(factor=torch.full_like(seen.factor, ratio))
 
@@ -323,7 +371,7 @@ class AutoLR(LRScheduler):
 
     def _warn_of_missed_probes(self, now: int) -> None:
         steps = range(max(self.last_epoch, 0), now)
-        if any(self._cadence.window_at(step) and step != self._probed_step for step in steps):
+        if any(self._cadence.window_at(step) and step != self._offered_step for step in steps):
             self._warn_once(
                 "a probe was due, but scheduler.step was called without a closure, or not after every "
                 "optimizer.step(): the learning rate was not searched. Call "
@@ -356,6 +404,11 @@ def _check_optimizer(optimizer: object) -> None:
         raise ValueError(
             "optimizer has differentiable=True, and its step becomes part of an autograd graph that writing "
             "candidates would break; build it with differentiable=False"
+        )
+    if len({bool(group.get("maximize", False)) for group in optimizer.param_groups}) > 1:
+        raise ValueError(
+            "optimizer has maximize=True in some param groups only: one closure cannot be both better higher and "
+            "better lower; negate the loss of one part instead"
         )
 
 

@@ -18,7 +18,7 @@ __all__ = [
     "NORMALIZATIONS",
     "SCORES",
     "check_factors",
-    "resolve",
+    "resolve_rules",
     "weigh",
 ]
 
@@ -43,7 +43,7 @@ def weigh(losses: Tensor, factors: Sequence[float], normalize: Rule, score: Rule
         losses: [N] floating point, one loss a candidate.
         factors: N positive numbers.
         normalize: losses [N] -> x [N].
-        score: x [N] -> weights [N], not negative; only their ratios matter.
+        score: x [N] -> weights [N]; only their ratios matter, and a negative one counts as 0.
 
     Returns:
         ``(weights, factor)``: weights [N] that sum to 1, and a 0-dim factor, both on the device of ``losses``.
@@ -58,7 +58,7 @@ def weigh(losses: Tensor, factors: Sequence[float], normalize: Rule, score: Rule
     worst = losses.masked_fill(~finite, -math.inf).amax()
     filled = torch.where(finite, losses, worst)
 
-    raw = torch.where(finite, score(normalize(filled)), 0.0)
+    raw = torch.where(finite, score(normalize(filled)), 0.0).clamp_min(0.0)
     weights = raw / raw.sum()
     spread = losses.new_tensor(factors)
     factor = (weights * spread.log()).sum().exp()
@@ -102,9 +102,11 @@ def check_factors(factors: Sequence[float]) -> tuple[float, ...]:
     """Return the factors as a tuple of floats.
 
     Raises:
-        ValueError: if they are empty, not positive and finite, or hold one number twice.
+        ValueError: if they are empty, not positive and finite, hold one number twice, or all lead one way.
     """
     try:
+        if isinstance(factors, str):
+            raise TypeError("a string")
         checked = tuple(float(factor) for factor in factors)
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -116,16 +118,26 @@ def check_factors(factors: Sequence[float]) -> tuple[float, ...]:
         raise ValueError(f"factors={checked}: {bad[0]} is not a positive finite number; remove it")
     if twice := [f for f in checked if checked.count(f) > 1]:
         raise ValueError(f"factors={checked}: {twice[0]} appears more than once; list each factor once")
+    if not min(checked) < 1 < max(checked):
+        raise ValueError(f"factors={checked}: the rate could move one way only; give some above 1 and some below")
     return checked
 
 
-def resolve(argument: str, value: str | Rule, known: Mapping[str, Rule], count: int) -> Rule:
-    """Return the rule that ``value`` names, or ``value`` itself after one trial call on ``count`` losses.
+def resolve_rules(normalize: str | Rule, score: str | Rule, count: int) -> tuple[Rule, Rule]:
+    """Return the normalisation and the score that the arguments name or are.
+
+    A callable is tried once: a normalisation on ``count`` losses, a score on what the normalisation makes of them.
 
     Raises:
-        ValueError: if the name is not known, or a callable does not map [N] to N usable numbers.
-        TypeError: if ``value`` is neither a name nor callable.
+        ValueError: if a name is not known, or a callable does not map [N] to N usable numbers.
+        TypeError: if an argument is neither a name nor callable.
     """
+    losses = torch.linspace(1.0, 2.0, count, dtype=torch.float64)
+    normalization = _resolve("normalize", normalize, NORMALIZATIONS, losses)
+    return normalization, _resolve("score", score, SCORES, normalization(losses))
+
+
+def _resolve(argument: str, value: str | Rule, known: Mapping[str, Rule], sample: Tensor) -> Rule:
     names = ", ".join(repr(name) for name in known)
     if isinstance(value, str):
         if value not in known:
@@ -133,12 +145,11 @@ def resolve(argument: str, value: str | Rule, known: Mapping[str, Rule], count: 
         return known[value]
     if not callable(value):
         raise TypeError(f"{argument}={value!r}: expected one of {names}, or a callable [N] -> [N]")
-    sample = torch.linspace(1.0, 2.0, count, dtype=torch.float64)
     result = value(sample)
     usable = isinstance(result, Tensor) and result.shape == sample.shape and bool(result.isfinite().all())
     if not usable or (argument == "score" and bool((result < 0).any())):
         raise ValueError(
             f"{argument}={value!r} returned {result!r} for {sample.tolist()}: it must return a tensor of the "
-            f"same shape, [{count}], with finite numbers (a score: none of them negative)"
+            f"same shape, {list(sample.shape)}, with finite numbers (a score: none of them negative)"
         )
     return value

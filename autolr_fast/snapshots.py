@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .isolation import REMEDY, ClosureError
+
 __all__ = ["Cadence", "Snapshots"]
 
 
@@ -60,10 +62,14 @@ class Snapshots:
 
     Attributes:
         steps: optimizer steps counted so far.
+        warm: whether momentum buffers were filled before the first of them.
+        probing: while it is set, a step of the optimizer is refused.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, cadence: Cadence):
         self.steps = 0
+        self.warm = False
+        self.probing = False
         self._cadence = cadence
         self._taken: dict[int, dict[nn.Parameter, Tensor]] = {}
         # The optimizer must not keep its scheduler alive.
@@ -98,7 +104,20 @@ class Snapshots:
         return {step: [taken.get(p) for p in parameters] for step, taken in self._taken.items()}
 
     def load(self, steps: int, state: dict[int, list[Tensor | None]], parameters: Sequence[nn.Parameter]) -> None:
-        """Take over a count and the open windows that :meth:`state` returned for the same parameters."""
+        """Take over a count and the open windows that :meth:`state` returned for the same parameters.
+
+        Raises:
+            ValueError: if they are of other parameters; nothing is taken over then.
+        """
+        for values in state.values():
+            shapes = [None if value is None else value.shape for value in values]
+            if len(values) != len(parameters) or any(
+                shape not in (None, parameter.shape) for shape, parameter in zip(shapes, parameters, strict=True)
+            ):
+                raise ValueError(
+                    f"state_dict has the snapshot of {len(values)} parameters and the optimizer {len(parameters)}, "
+                    "or their shapes differ: load it for the model and the optimizer that it was saved with"
+                )
         self.steps = steps
         self._taken = {
             int(step): {
@@ -110,6 +129,10 @@ class Snapshots:
         }
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.probing:
+            raise ClosureError("closure called optimizer.step(); a probe only needs the loss: " + REMEDY)
+        if self.steps == 0:
+            self.warm = any(state.get("momentum_buffer") is not None for state in optimizer.state.values())
         self.drop_used()
         if self._cadence.wants_snapshot(self.steps):
             self._taken[self.steps] = {

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from autolr_fast import FACTORS_3, AutoLR
-from autolr_fast.calibration import Look, search, steady_state
+from autolr_fast.calibration import Look, is_unseen, search, steady_state
 
 from .helpers import assert_same, everything, problem, sgd, train_step
 
@@ -57,8 +57,43 @@ def test_momentum_lowers_the_calibrated_level():
         scheduler.step(lambda model=model, loss_of=loss_of: loss_of(model))
         rates[momentum] = scheduler.level[0]
     assert rates[0.9] == pytest.approx(rates[0.0] * math.sqrt(0.1), rel=1e-6)
-    assert steady_state(torch.optim.Adam(model.parameters())) == 1
-    assert steady_state(torch.optim.RMSprop(model.parameters(), momentum=0.9)) == 1
+    assert steady_state(torch.optim.Adam(model.parameters()), warm=False) == 1
+    assert steady_state(torch.optim.RMSprop(model.parameters(), momentum=0.9), warm=False) == 1
+
+
+def test_a_warm_momentum_buffer_needs_no_lower_level():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=1e-3, momentum=0.9)
+    for _ in range(50):
+        train_step(model, optimizer, loss_of)
+    scheduler = AutoLR(optimizer, model, calibrate=1)
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+    assert scheduler.level[0] == pytest.approx(1e-3 * scheduler.last_probe.factor.item())
+
+
+@pytest.mark.parametrize("lr0", [1e-6, 1e-7, 1e-8])
+def test_a_start_too_low_for_the_precision_is_found_all_the_same(lr0):
+    """The first candidates have equal losses; the search goes up until they differ."""
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=lr0)
+    scheduler = AutoLR(optimizer, model, calibrate=20, every=None)
+    for _ in range(20):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+    assert 0.1 < scheduler.level[0] < 100
+
+
+def test_a_step_that_rounds_away_is_told_and_loses_nothing():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=1e-12)
+    scheduler = AutoLR(optimizer, model)
+    before = [p.detach().clone() for p in model.parameters()]
+    train_step(model, optimizer, loss_of)
+    with pytest.warns(UserWarning, match="changed too little for the precision.*higher learning rate"):
+        scheduler.step(lambda: loss_of(model))
+    assert_same(before, [p.detach().clone() for p in model.parameters()])
+    assert optimizer.param_groups[0]["lr"] == 1e-12
 
 
 def test_calibration_stays_inside_the_limits():
@@ -105,7 +140,7 @@ def test_search_follows_a_factor_to_where_it_is_one(best):
     def look(ratio):
         asked.append(ratio)
         factor = min(max((best / ratio) ** 0.5, 0.5), 2.0)
-        return Look((ratio,), torch.ones(1), torch.ones(1), torch.tensor(factor, dtype=torch.float64))
+        return Look((ratio,), torch.arange(2.0), torch.ones(2), torch.tensor(factor, dtype=torch.float64), 1e-7)
 
     ratio, seen, rounds = search(look, 1e-9, 1e9)
     assert ratio == pytest.approx(best, rel=0.2)
@@ -116,9 +151,27 @@ def test_search_follows_a_factor_to_where_it_is_one(best):
 
 def test_search_ends_when_the_factor_never_settles():
     def look(ratio):
-        return Look((ratio,), torch.ones(1), torch.ones(1), torch.tensor(1.2, dtype=torch.float64))
+        return Look((ratio,), torch.arange(2.0), torch.ones(2), torch.tensor(1.2, dtype=torch.float64), 1e-7)
 
     ratio, _, rounds = search(look, 1e-9, 1e30)
     assert rounds == 80
     assert ratio == pytest.approx(1.2**80)
     assert search(look, 1e-9, 5.0)[0] == 5.0
+
+
+@pytest.mark.parametrize(
+    ("losses", "precision", "unseen"),
+    [
+        ([1.0, 1.0, 1.0], 1e-7, True),
+        ([1.0, 1.0 + 1e-7, 1.0], 1e-7, True),
+        ([1.0, 1.0 + 1e-6, 1.0], 1e-7, False),
+        ([1.0, 1.01, 1.0], 2**-7, True),
+        ([1.0, math.inf, 1.0], 1e-7, False),
+        ([math.nan] * 3, 1e-7, False),
+        ([math.inf] * 3, 1e-7, False),
+        ([0.0, 0.0, 0.0], 1e-7, True),
+    ],
+)
+def test_losses_too_close_to_tell(losses, precision, unseen):
+    losses = torch.tensor(losses, dtype=torch.float64)
+    assert is_unseen(Look((1, 2, 3), losses, losses, losses[0], precision)) is unseen

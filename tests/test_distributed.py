@@ -1,5 +1,6 @@
 """Two processes with gloo: each with its own batches, one learning rate."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from autolr_fast import AutoLR
 from autolr_fast.distributed import mean_over_ranks
 
-from .helpers import assert_same, convnet, everything, mlp, train_step
+from .helpers import assert_same, convnet, everything, mlp, sgd, train_step
 
 RANKS = 2
 STEPS = 8
@@ -54,10 +56,36 @@ def trained(rank, case):
     return rows, [parameter.detach().clone() for parameter in model.parameters()]
 
 
+def sharded(rank, evaluator):
+    """Training losses and probes of a model under FSDP2, whose root holds parameters too."""
+    torch.manual_seed(5)
+    model = mlp()
+    fully_shard(model[2])
+    fully_shard(model)
+    optimizer = sgd(model, lr=0.1, momentum=0.9)
+    pinned = {"min_lr": 0.1, "max_lr": 0.1, "calibrate": 0, "every": 1}
+    scheduler = AutoLR(optimizer, model, **pinned, evaluator=evaluator) if evaluator else None
+    losses, probes = [], []
+    for step in range(STEPS):
+        loss_of = partial(loss_at, name="mlp", rank=rank, step=step)
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if scheduler:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*sharded over ranks")
+                scheduler.step(partial(loss_of, model))
+            probes.append(scheduler.last_probe.losses)
+    return losses, probes
+
+
 def worker(rank, directory, cases):
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
     torch.set_num_threads(1)
     results = [trained(rank, case) for case in cases]
+    results.append([sharded(rank, evaluator) for evaluator in (None, "inplace", "auto")])
     results.append(mean_over_ranks(torch.tensor([1.0 + rank, 10.0 * rank]), None))
     torch.save(results, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
@@ -111,3 +139,26 @@ def test_ranks_equal_one_process_with_all_batches(results, case):
         assert scheduler.get_last_lr()[0] == pytest.approx(lr, rel=1e-3)
     for ours, theirs in zip(parameters, model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_sharded_model_trains_as_if_it_were_not_probed(results):
+    for of_rank in results:
+        (without, _), (inplace, _), (auto, _) = of_rank[-2]
+        assert inplace == without
+        assert auto == without
+
+
+def test_sharded_candidates_equal_whole_ones(results):
+    torch.manual_seed(5)
+    model = mlp()
+    optimizer = sgd(model, lr=0.1, momentum=0.9)
+    scheduler = AutoLR(optimizer, model, min_lr=0.1, max_lr=0.1, calibrate=0, every=1, evaluator="inplace")
+    for step in range(STEPS):
+
+        def loss(model, step=step):
+            return torch.stack([loss_at(model, "mlp", rank, step) for rank in range(RANKS)]).mean()
+
+        train_step(model, optimizer, loss)
+        scheduler.step(partial(loss, model))
+        for _, probes in results[0][-2][1:]:
+            torch.testing.assert_close(probes[step], scheduler.last_probe.losses, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import math
 import random
 import warnings
@@ -322,6 +323,87 @@ def test_training_closure_cannot_reach_the_gradients(set_to_none):
     with pytest.raises(ClosureError, match="called backward"):
         InPlace().losses(model, line, FACTORS_5, training_closure)
     assert_same(before, everything(model, optimizer))
+
+
+class Careless(nn.Module):
+    """Keeps what it should not, as models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(5, 3)
+        self.hidden = torch.zeros(3)
+        self.calls = 0
+        self.register_buffer("lazy", None)
+        self.register_buffer("mask", torch.ones(1).expand(3))
+
+    def forward(self, x):
+        y = self.inner(x) * self.mask + self.hidden
+        self.hidden = torch.tanh(y).mean(0).detach()
+        self.calls += 1
+        self.lazy = y.detach()
+        self.last = y.detach()
+        self.eval()
+        return y
+
+
+@pytest.mark.parametrize("evaluator", sorted(EVALUATORS))
+def test_attributes_of_modules_do_not_change(evaluator):
+    model = Careless()
+    x, y = torch.randn(12, 5), torch.randint(3, (12,))
+    prev = {p: p.detach() + 0.1 for p in model.parameters()}
+    line = StepLine(prev, dict.fromkeys(prev, ""), window=1)
+    hidden = model.hidden
+    weight = model.inner.weight
+
+    def closure():
+        if evaluator == "inplace":  # vmap refuses it
+            weight.requires_grad_(False)
+        return F.cross_entropy(model(x), y)
+
+    resolve_evaluator(evaluator).losses(model, line, FACTORS_5, closure)
+    assert model.hidden is hidden
+    assert torch.equal(hidden, torch.zeros(3))
+    assert (model.calls, model.lazy, model.training, hasattr(model, "last")) == (0, None, True, False)
+    assert weight.requires_grad
+    assert list(copy.deepcopy(model).state_dict()) == ["mask", "inner.weight", "inner.bias"]
+
+
+def out_of_reach(kind):
+    """A model and a closure that reads its weights where functional_call does not replace them."""
+    model = nn.ParameterDict({"w": nn.Parameter(torch.randn(5)), "scale": nn.Parameter(torch.tensor(0.3))})
+    x = torch.randn(12, 5)
+    w, scale, weights = model["w"], model["scale"], list(model.parameters())
+    return model, {
+        "one-element": lambda: ((x @ model["w"]) * scale.exp()).square().mean(),
+        "sum-of-squares": lambda: (x @ model["w"]).square().mean() + sum(w.square().sum() for w in weights),
+        "small": lambda: 1e-6 * (x @ w).square().mean(),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["one-element", "sum-of-squares", "small"])
+def test_weights_out_of_reach_are_noticed_whatever_is_made_of_them(kind):
+    model, closure = out_of_reach(kind)
+    prev = {p: p.detach() + 0.1 for p in model.parameters()}
+    line = StepLine(prev, dict.fromkeys(prev, ""), window=1)
+    with pytest.raises(EvaluatorError, match="functional_call does not replace"):
+        Stacked().losses(model, line, FACTORS_5, closure)
+
+
+def test_an_error_that_is_the_closures_own_does_not_end_batching():
+    model, loss_of = problem("mlp")
+    _, line, _ = probed(model, loss_of)
+    auto, broken = resolve_evaluator("auto"), [False]
+
+    def closure():
+        if broken[0]:
+            raise OSError("no data")
+        return loss_of(model)
+
+    auto.losses(model, line, FACTORS_5, closure)
+    broken[0] = True
+    with pytest.raises(OSError, match="no data"):
+        auto.losses(model, line, FACTORS_5, closure)
+    assert auto.name == "stacked"
 
 
 def test_isolation_runs_all_start_alike():

@@ -86,6 +86,8 @@ def test_new_group_keeps_what_its_user_wrote():
         ((0.1,), {"max_lr": 0.01}, "lr=0.1 of param group 0 is outside min_lr=1e-12 .. max_lr=0.01"),
         ((0.1, 1e-3), {"min_lr": 1e-3, "max_lr": 0.05}, "lr=0.1 of param group 0 is outside"),
         ((torch.ones(2),), {}, r"shape \[2\]"),
+        ((torch.tensor(0.1, requires_grad=True),), {}, "requires_grad=True.*written in place"),
+        ((torch.tensor(0.1, dtype=torch.float16),), {}, "torch.float16 tensor"),
     ],
 )
 def test_bad_rates(lrs, limits, says):

@@ -2,6 +2,7 @@ import copy
 import gc
 import io
 import math
+import pickle
 import warnings
 import weakref
 
@@ -106,7 +107,8 @@ def test_every_optimizer(name, window):
             expected = losses_of_copies(model, history[step - used], FACTORS_3, loss_of)
             assert scheduler.last_probe.losses.tolist() == expected
             assert scheduler.last_probe.window == used
-            assert optimizer.param_groups[0]["lr"] == pytest.approx(reference.next_lr(expected, lr, FACTORS_3))
+            wanted = [-loss for loss in expected] if kwargs.get("maximize") else expected
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(reference.next_lr(wanted, lr, FACTORS_3))
         else:
             assert optimizer.param_groups[0]["lr"] == lr
     assert scheduler.last_probe.step == 8
@@ -393,7 +395,8 @@ def test_state_dict_is_small_and_plain():
         scheduler.step(lambda: loss_of(model))
     state = scheduler.state_dict()
     assert set(state) == {
-        "last_epoch", "optimizer_steps", "probed_step", "searched", "base_lrs", "level", "evaluator", "snapshots",
+        "last_epoch", "optimizer_steps", "probed_step", "searched", "warm",
+        "base_lrs", "level", "evaluator", "snapshots",
     }  # fmt: skip
     assert state["snapshots"] == {}
     file = io.BytesIO()
@@ -402,8 +405,20 @@ def test_state_dict_is_small_and_plain():
 
 
 def test_load_state_dict_refuses_what_is_not_its_own():
-    model = mlp()
-    scheduler = AutoLR(sgd(model), model)
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model)
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+    before = scheduler.state_dict()
+    with pytest.raises(TypeError, match="state_dict=None"):
+        scheduler.load_state_dict(None)
+    in_place = AutoLR(sgd(model), model, evaluator="inplace").state_dict()
+    with pytest.raises(ValueError, match="'stacked' has .* same evaluator"):
+        scheduler.load_state_dict(in_place)
+    with pytest.raises(ValueError, match="snapshot of 1 parameters and the optimizer 4"):
+        scheduler.load_state_dict({**before, "snapshots": {0: [torch.ones(2)]}})
+    assert scheduler.state_dict() == before
     with pytest.raises(ValueError, match=r"keys \['lr'\]"):
         scheduler.load_state_dict({"lr": 1})
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
@@ -556,7 +571,7 @@ def test_compiled_model_and_step():
         ({"every": 0}, ValueError, "every=0: expected 1 or more"),
         ({"every": 2.5}, TypeError, "every=2.5: expected a whole number"),
         ({"window": 0}, ValueError, "window=0"),
-        ({"window": ()}, TypeError, "window=None"),
+        ({"window": ()}, ValueError, "window=.* is empty"),
         ({"window": (1, 2.0)}, TypeError, "window=2.0"),
         ({"direction": "back"}, ValueError, "direction='back' is not known: use 'step' or 'gradient'"),
         ({"calibrate": -1}, ValueError, "calibrate=-1"),
@@ -566,6 +581,9 @@ def test_compiled_model_and_step():
         ({"anneal": "exp"}, ValueError, "anneal='exp' is not known"),
         ({"min_lr": 0}, ValueError, "min_lr=0, max_lr"),
         ({"min_lr": 2, "max_lr": 1}, ValueError, "min_lr=2, max_lr=1"),
+        ({"min_lr": "low"}, ValueError, "min_lr='low'"),
+        ({"max_lr": None}, ValueError, "max_lr=None"),
+        ({"factors": (4, 2)}, ValueError, "one way only"),
         ({"max_lr": 0.01}, ValueError, "lr=0.1 of param group 0 is outside"),
         ({"evaluator": "quick"}, ValueError, "use one of 'auto', 'inplace', 'stacked'"),
         ({"model": mlp()}, ValueError, "not a parameter of the model"),
@@ -578,6 +596,79 @@ def test_bad_arguments(arguments, error, says):
     arguments = {"optimizer": sgd(model), "model": model, **arguments}
     with pytest.raises(error, match=says):
         AutoLR(**arguments)
+
+
+def test_maximizing_prefers_higher_values():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, lr=1e-4, maximize=True)
+    scheduler = AutoLR(optimizer, model, every=1)
+    first = loss_of(model).item()
+    for _ in range(20):
+        train_step(model, optimizer, lambda model: -loss_of(model))
+        scheduler.step(lambda: -loss_of(model))
+    assert loss_of(model).item() < 0.7 * first
+    groups = [{"params": model[0].parameters(), "maximize": True}, {"params": model[2].parameters()}]
+    with pytest.raises(ValueError, match="maximize=True in some param groups only"):
+        AutoLR(torch.optim.SGD(groups, lr=0.1), model)
+
+
+def test_a_closure_that_draws_batches_is_refused():
+    model, _ = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model)
+    batches = iter([(torch.randn(12, 5), torch.randint(3, (12,))) for _ in range(9)])
+
+    def closure():
+        x, y = next(batches)
+        return F.cross_entropy(model(x), y)
+
+    closure().backward()
+    optimizer.step()
+    before = everything(model, optimizer)
+    with pytest.raises(ClosureError, match="at the same weights.*take it outside"):
+        scheduler.step(closure)
+    assert_same(before, everything(model, optimizer))
+
+
+def test_a_closure_that_steps_the_optimizer_is_refused():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model, momentum=0.9)
+    scheduler = AutoLR(optimizer, model)
+    train_step(model, optimizer, loss_of)
+    before = everything(model, optimizer)
+
+    @torch.enable_grad()
+    def closure():
+        train_step(model, optimizer, loss_of)
+        return loss_of(model)
+
+    with pytest.raises(ClosureError, match=r"called optimizer.step\(\)"):
+        scheduler.step(closure)
+    assert_same(before, everything(model, optimizer))
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))  # no word of a closure that was missing
+    assert scheduler.last_probe.step == 2
+
+
+def test_it_is_not_copied_or_pickled():
+    model = mlp()
+    scheduler = AutoLR(sgd(model), model)
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"save scheduler.state_dict\(\)"):
+            attempt(scheduler)
+
+
+def test_an_annealing_that_goes_wrong_later_is_named():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(
+        optimizer, model, total_steps=10, anneal=lambda done: math.nan if 0.5 < done < 1 else 1.0, calibrate=0
+    )
+    with pytest.raises(ValueError, match="returned nan at 0.6"):
+        for _ in range(10):
+            train_step(model, optimizer, loss_of)
+            scheduler.step(lambda: loss_of(model))
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_optimizers_that_are_refused():
@@ -669,8 +760,8 @@ def test_repr_and_preset():
     model = mlp()
     text = repr(AutoLR(sgd(model), model))
     assert "lr=[0.1]" in text
-    assert "every=10, window=(1, 2), calibrate=20, evaluator='stacked'" in text
-    assert "every=1, window=1, calibrate=0" in repr(AutoLR.paper(sgd(model), model))
+    assert "every=10, window=(1, 2), direction='step', calibrate=20, total_steps=None, evaluator='stacked'" in text
+    assert "every=1, window=1, direction='step', calibrate=0" in repr(AutoLR.paper(sgd(model), model))
     assert "every=4" in repr(AutoLR.paper(sgd(model), model, every=4))
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7
 from autolr_fast.reference import next_lr
-from autolr_fast.scoring import NORMALIZATIONS, SCORES, check_factors, resolve, weigh
+from autolr_fast.scoring import NORMALIZATIONS, SCORES, check_factors, resolve_rules, weigh
 
 finite_losses = st.lists(
     st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: round(x, 6)), min_size=2, max_size=9, unique=True
@@ -117,8 +117,7 @@ def test_callables():
     def best_only(x):
         return (x == x.amin()).to(x)
 
-    score = resolve("score", best_only, SCORES, 3)
-    normalize = resolve("normalize", lambda losses: losses**2, NORMALIZATIONS, 3)
+    normalize, score = resolve_rules(lambda losses: losses**2, best_only, 3)
     _, factor = weigh(torch.tensor([3.0, 2.0, 1.0]), FACTORS_3, normalize, score)
     assert factor.item() == pytest.approx(0.5)
 
@@ -134,6 +133,9 @@ def test_callables():
         ((2, 1, 2.0), "2.0 appears more than once"),
         (3, "expected numbers"),
         (("a",), "expected numbers"),
+        ("21", "expected numbers"),
+        ((4, 2), "one way only"),
+        ((1, 0.5), "one way only"),
     ],
 )
 def test_bad_factors(factors, says):
@@ -155,4 +157,16 @@ def test_bad_factors(factors, says):
 )
 def test_bad_rules(argument, value, error, says):
     with pytest.raises(error, match=says):
-        resolve(argument, value, SCORES if argument == "score" else NORMALIZATIONS, 3)
+        resolve_rules(**{"normalize": "minmax", "score": "exp", argument: value}, count=3)
+
+
+def test_a_score_is_tried_on_what_it_will_see():
+    resolve_rules("minmax", lambda x: 1 - x, 3)
+    with pytest.raises(ValueError, match="score=.*finite"):
+        resolve_rules("minmax", lambda x: 1 / x, 3)
+
+
+def test_a_negative_score_counts_as_none():
+    weights, factor = weigh(torch.tensor([1.0, 2.0, 4.0]), FACTORS_3, NORMALIZATIONS["none"], lambda x: 2 - x)
+    assert weights.tolist() == [1, 0, 0]
+    assert factor == pytest.approx(2)

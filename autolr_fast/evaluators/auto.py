@@ -34,7 +34,7 @@ class Auto(Evaluator):
             return self._chosen.losses(model, line, factors, closure)
         try:
             return self._chosen.losses(model, line, factors, closure)
-        except Exception as error:
+        except RuntimeError as error:  # another kind is the closure's own
             # As text: the exception holds the frames of the failed forward, and with them its memory.
             cause = getattr(error, "reason", f"{type(error).__name__}: {error}")
         in_place = InPlace()

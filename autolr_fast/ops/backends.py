@@ -88,7 +88,7 @@ def _load(backend: str) -> str:
         module, remedy = "autolr_fast.ops.triton", "pip install --upgrade triton"
     else:
         if backend == "cuda" and torch.version.cuda is None:
-            return "this torch is built without CUDA: install one with"
+            return "this torch is built without CUDA: install a build with it"
         libraries = sorted(Path(__file__).parent.parent.glob(f"_{backend}.*"))
         libraries = [path for path in libraries if path.suffix in (".so", ".pyd", ".dylib")]
         if not libraries:
@@ -101,7 +101,8 @@ def _load(backend: str) -> str:
         else:
             torch.ops.load_library(module)  # type: ignore[no-untyped-call]
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}; {remedy}"
+        # torch raises an OSError of its own from that of the loader, which says why.
+        reason = f"{error.__cause__ or error}; {remedy}"
         warnings.warn(
             f"autolr_fast goes on without its backend {backend!r}, which does not load: {reason}", stacklevel=2
         )

@@ -19,7 +19,7 @@ __all__: list[str] = []
 
 def _stack_candidates(
     prev: Sequence[Tensor], now: Sequence[Tensor], factors: Sequence[float], out: Sequence[Tensor]
-):  # type: ignore[no-untyped-def]
+) -> None:
     for before, after, rows in zip(prev, now, out, strict=True):
         start, end = _wide(before), _wide(after)
         step = end - start
