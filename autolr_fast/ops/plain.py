@@ -86,7 +86,9 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _write(row: Tensor, base: Tensor, coefficient: float | Tensor, step: Tensor) -> None:
     """Write ``base + coefficient * step``; with a coefficient of 0 the base, whatever the step."""
-    if isinstance(coefficient, float) and coefficient == 0:
+    if isinstance(coefficient, Tensor):
+        row.copy_(torch.where(coefficient == 0, base, step * coefficient + base))
+    elif coefficient == 0:
         row.copy_(base)
     elif row.dtype == base.dtype:
         torch.mul(step, coefficient, out=row)
@@ -102,3 +104,5 @@ for _name, _function in {
     "score": _score,
 }.items():
     LIBRARY.impl(f"{_name}.torch", _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    # Being composite, it would be what fake tensors run; like the other backends it has nothing to fake.
+    torch.library.register_fake(f"autolr_fast::{_name}.torch", lambda *args: None, lib=LIBRARY)

@@ -179,15 +179,15 @@ def fat_binary(data):
 
 # What follows needs a GPU and the installed library.
 
-DEVICE, BACKEND = "cpu", "cpp"
-SERVED = not dict(ops.explain("cpu"))["cpp"]
+DEVICE, BACKEND = "cuda", "cuda"
+SERVED = torch.cuda.is_available() and not dict(ops.explain(DEVICE))[BACKEND]
 on_gpu = pytest.mark.skipif(not SERVED, reason="there is no GPU, or the library is not compiled")
-TOLERANCES = [  # in half types an operation may be rounded to the other neighbour
-    (torch.float32, {"atol": 0.0, "rtol": 0.0}),
-    (torch.float64, {"atol": 0.0, "rtol": 0.0}),
-    (torch.float16, {"atol": 1e-7, "rtol": 1e-3}),
-    (torch.bfloat16, {"atol": 1e-7, "rtol": 8e-3}),
-]
+TOLERANCES = {  # in half types an operation may be rounded to the other neighbour
+    torch.float32: {"atol": 0.0, "rtol": 0.0},
+    torch.float64: {"atol": 0.0, "rtol": 0.0},
+    torch.float16: {"atol": 1e-7, "rtol": 1e-3},
+    torch.bfloat16: {"atol": 1e-7, "rtol": 8e-3},
+}
 SIZES = {
     "empty": [0, 0],
     "odd": [0, 1, 3, 127, 128, 1025],
@@ -195,7 +195,7 @@ SIZES = {
     "model": [784 * 256, 256, 256 * 10, 10],
     "several launches": [n * 7 % 41 for n in range(1000)],
 }
-dtypes = pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=lambda value: str(value))
+dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 sizes = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 misaligned = pytest.mark.parametrize("skip", [0, 1], ids=["aligned", "misaligned"])
 
@@ -221,20 +221,20 @@ def compare(name, arguments, written, tolerance):
 @sizes
 @misaligned
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
-def test_candidates_are_those_of_torch(sizes, dtype, tolerance, skip, rows):
+def test_candidates_are_those_of_torch(sizes, dtype, skip, rows):
     factors = [8.0, 1.0, 0.5, 0.0, 0.25, -3.0, 1e3, *(0.1 * n for n in range(57))][:rows]
     prev, now, out = tensors(sizes, dtype, skip), tensors(sizes, dtype, skip), tensors(sizes, dtype, skip, rows)
-    compare("stack_candidates", [prev, now, factors, out], [3], tolerance)
+    compare("stack_candidates", [prev, now, factors, out], [3], TOLERANCES[dtype])
 
 
 @on_gpu
 @dtypes
 @sizes
 @misaligned
-def test_gradient_candidates_are_those_of_torch(sizes, dtype, tolerance, skip):
+def test_gradient_candidates_are_those_of_torch(sizes, dtype, skip):
     lr = torch.rand(len(sizes), dtype=torch.float64, device=DEVICE)
     now, grad, out = tensors(sizes, dtype, skip), tensors(sizes, dtype, skip), tensors(sizes, dtype, skip, 3)
-    compare("stack_gradient_candidates", [now, grad, lr, [2.0, 0.0, 0.125], out], [4], tolerance)
+    compare("stack_gradient_candidates", [now, grad, lr, [2.0, 0.0, 0.125], out], [4], TOLERANCES[dtype])
 
 
 @on_gpu
@@ -242,13 +242,13 @@ def test_gradient_candidates_are_those_of_torch(sizes, dtype, tolerance, skip):
 @sizes
 @misaligned
 @pytest.mark.parametrize("first_step", [True, False])
-def test_sgd_steps_are_those_of_torch(sizes, dtype, tolerance, skip, first_step):
+def test_sgd_steps_are_those_of_torch(sizes, dtype, skip, first_step):
     models = 6
     stacked = [tensors(sizes, dtype, skip, models) for _ in range(3)]
     settings = [[0.1, 0.2, 0.3, 1.0, 2.0, 0.0], [0, 0.9, 0.9, 0.5, 0, 0.9], [0, 0.1, 0, 0.1, 0.1, 0]]
     dampening, nesterov = [0, 0, 0, 0.5, 0, 0], [False, False, True, False, False, True]
     arguments = [*stacked, *settings, dampening, nesterov, first_step]
-    compare("stacked_sgd_step", arguments, [0, 2], tolerance)
+    compare("stacked_sgd_step", arguments, [0, 2], TOLERANCES[dtype])
 
 
 @on_gpu
@@ -279,7 +279,7 @@ def test_strides_are_kept():
 
 @on_gpu
 @pytest.mark.skipif(
-    True, reason="the GPU's memory is too small"
+    SERVED and torch.cuda.get_device_properties(0).total_memory < 32 << 30, reason="the GPU's memory is too small"
 )
 def test_more_than_two_to_the_31_elements():
     count = (1 << 31) + 5

@@ -1,0 +1,248 @@
+// How a launch is laid out, and what one thread of one block of it does.
+//
+// Nothing here is CUDA's, so that tests/csrc/simulate_grid.cpp runs every thread of a launch on the host. `Memory`
+// stands for the loads and stores: read(from, value), write(to, value), and read_vector(from, values),
+// write_vector(to, values) for the kWidth<T> elements of 16 bytes at an address that is a multiple of 16.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "formulas.h"
+
+#ifdef __CUDACC__
+#define AUTOLR_THREAD __device__ __forceinline__
+#else
+#define AUTOLR_THREAD inline
+#endif
+
+namespace autolr {
+
+constexpr int kThreads = 128;              // of a block; at least kMaxRows
+constexpr int kVectorBytes = 16;           // the widest load and store
+constexpr int64_t kManyBlocks = 132 * 64;  // several times what an H100 holds at once: the last ones cost little
+constexpr int64_t kMostTiles = 8;          // of a chunk: more hide no more of what it costs to start a block
+
+template <typename T>
+constexpr int kWidth = kVectorBytes / sizeof(T);  // elements of a vector: a thread's share of a tile
+
+template <typename T>
+constexpr int64_t kTile = kThreads * kWidth<T>;  // elements that a block takes at once
+
+// The parameters of a kernel, passed by value: nothing is uploaded that a CUDA graph or a stream could find stale.
+//
+// P: Flat or Stacked, S: Factors or Models. A block works on one chunk of one parameter of the model.
+template <typename P, typename S, int capacity>
+struct Launch {
+  P parameters[capacity];
+  uint32_t first_chunk[capacity];  // number of the first chunk of each parameter: counts of the chunks, summed up
+  int64_t chunk;                   // elements
+  int32_t count;                   // of the parameters
+  int32_t begin;                   // place of the first of them in the operator's list
+  int32_t rows;                    // N candidates, or K models
+  S settings;
+};
+
+// Parameters that fit a launch of so many bytes.
+template <typename P, typename S>
+constexpr int launch_capacity(int bytes) {
+  return (bytes - static_cast<int>(sizeof(S)) - 32) / static_cast<int>(sizeof(P) + sizeof(uint32_t));
+}
+
+struct Factors {
+  double values[kMaxRows];  // [N]
+  const double* lr;         // [P] on the device, or null for the line through two points
+};
+
+template <typename W>
+struct Models {
+  Sgd<W> models[kMaxRows];  // [K]
+  bool first_step;
+};
+
+// Call submit(launch, blocks) for every `capacity` parameters, unless they have no elements.
+//
+// tile: elements; blocks_per_chunk: how many blocks will share a chunk's rows.
+template <int capacity, typename P, typename S, typename Submit>
+void for_each_launch(const std::vector<P>& parameters, const S& settings, int rows, int64_t tile,
+                     int64_t blocks_per_chunk, const Submit& submit) {
+  const auto total = static_cast<int64_t>(parameters.size());
+  Launch<P, S, capacity> launch;
+  launch.settings = settings;
+  launch.rows = rows;
+  for (int64_t begin = 0; begin < total; begin += capacity) {
+    launch.begin = static_cast<int32_t>(begin);
+    launch.count = static_cast<int32_t>(std::min<int64_t>(capacity, total - begin));
+    int64_t tiles = 0;
+    for (int i = 0; i < launch.count; ++i) {
+      launch.parameters[i] = parameters[begin + i];
+      tiles += (parameters[begin + i].count + tile - 1) / tile;
+    }
+    // A chunk of a small model is one tile, so that it fills the GPU; large ones start fewer blocks.
+    launch.chunk = tile * std::clamp<int64_t>(tiles * blocks_per_chunk / kManyBlocks, 1, kMostTiles);
+    int64_t blocks = 0;
+    for (int i = 0; i < launch.count; ++i) {
+      launch.first_chunk[i] = static_cast<uint32_t>(blocks);
+      blocks += (launch.parameters[i].count + launch.chunk - 1) / launch.chunk;
+    }
+    if (blocks > 0) {
+      submit(launch, blocks);
+    }
+  }
+}
+
+struct Chunk {
+  int parameter;       // place in the launch
+  int64_t begin, end;  // elements of it
+};
+
+template <typename L>
+AUTOLR_THREAD Chunk find_chunk(const L& launch, uint32_t block) {
+  // The last parameter whose first chunk is not after the block; one without elements is never the last.
+  int low = 0, high = launch.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (launch.first_chunk[middle] <= block) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  const int64_t begin = static_cast<int64_t>(block - launch.first_chunk[low]) * launch.chunk;
+  const int64_t end = begin + launch.chunk, count = launch.parameters[low].count;
+  return {low, begin, end < count ? end : count};
+}
+
+// Whether vectors at all of these addresses, and at as many rows after the last, can be loaded and stored.
+AUTOLR_THREAD bool is_aligned(const void* first, const void* second, const void* third, int64_t row_bytes,
+                              int rows) {
+  uintptr_t bits = reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second) |
+                   reinterpret_cast<uintptr_t>(third);
+  if (rows > 1) {
+    bits |= static_cast<uintptr_t>(row_bytes);
+  }
+  return bits % kVectorBytes == 0;
+}
+
+// The elements of a tile that a thread takes: a vector, or, of a tile that is not full or not aligned, every
+// kThreads-th, so that the threads of a warp still touch neighbours.
+struct Share {
+  int64_t start, end;  // end: of the chunk
+  int stride;
+  bool is_vector;
+};
+
+template <typename T>
+AUTOLR_THREAD Share share_of(int64_t tile, int64_t end, int thread, bool aligned) {
+  const bool is_vector = aligned && end - tile >= kTile<T>;
+  return {tile + (is_vector ? thread * kWidth<T> : thread), end, is_vector ? 1 : kThreads, is_vector};
+}
+
+template <typename T, typename W, typename Memory>
+AUTOLR_THREAD void load(const T* from, const Share& share, W (&values)[kWidth<T>], Memory& memory) {
+  T narrow[kWidth<T>];
+  if (share.is_vector) {
+    memory.read_vector(from + share.start, narrow);
+  } else {
+    for (int j = 0; j < kWidth<T>; ++j) {
+      const int64_t index = share.start + j * share.stride;
+      narrow[j] = T(0);
+      if (index < share.end) {
+        memory.read(from + index, narrow[j]);
+      }
+    }
+  }
+  for (int j = 0; j < kWidth<T>; ++j) {
+    values[j] = static_cast<W>(narrow[j]);
+  }
+}
+
+template <typename T, typename W, typename Memory>
+AUTOLR_THREAD void store(T* to, const Share& share, const W (&values)[kWidth<T>], Memory& memory) {
+  T narrow[kWidth<T>];
+  for (int j = 0; j < kWidth<T>; ++j) {
+    narrow[j] = static_cast<T>(values[j]);
+  }
+  if (share.is_vector) {
+    memory.write_vector(to + share.start, narrow);
+  } else {
+    for (int j = 0; j < kWidth<T>; ++j) {
+      const int64_t index = share.start + j * share.stride;
+      if (index < share.end) {
+        memory.write(to + index, narrow[j]);
+      }
+    }
+  }
+}
+
+// Candidate n of a parameter. is_step: on the line through prev and now, else along the gradient.
+template <bool is_step, typename W, typename L>
+AUTOLR_THREAD Row<W> row_of(const L& launch, int parameter, int n) {
+  if constexpr (is_step) {
+    return step_row<W>(launch.settings.values[n]);
+  } else {
+    return gradient_row<W>(launch.settings.values[n], launch.settings.lr[launch.begin + parameter]);
+  }
+}
+
+// Write base + coefficient * step for every row of a chunk: a thread keeps what it read while it writes the N rows.
+// Its reads of an element come before its writes, so that with one row, out may be an input.
+template <typename T, bool is_step, typename W, typename L, typename Memory>
+AUTOLR_THREAD void write_rows(const L& launch, const Chunk& chunk, const Row<W>* rows, int thread, Memory& memory) {
+  const auto& parameter = launch.parameters[chunk.parameter];
+  const T* first = static_cast<const T*>(parameter.first);
+  const T* second = static_cast<const T*>(parameter.second);
+  const int64_t row_bytes = parameter.count * static_cast<int64_t>(sizeof(T));
+  const bool aligned = is_aligned(first, second, parameter.rows, row_bytes, launch.rows);
+  for (int64_t tile = chunk.begin; tile < chunk.end; tile += kTile<T>) {
+    const Share share = share_of<T>(tile, chunk.end, thread, aligned);
+    W start[kWidth<T>], step[kWidth<T>], end[kWidth<T>];
+    load(first, share, start, memory);
+    load(second, share, end, memory);
+    for (int j = 0; j < kWidth<T>; ++j) {
+      step[j] = is_step ? end[j] - start[j] : end[j];
+    }
+    T* to = static_cast<T*>(parameter.rows);
+    for (int n = 0; n < launch.rows; ++n, to += parameter.count) {
+      const Row<W> row = rows[n];
+      W values[kWidth<T>];
+      for (int j = 0; j < kWidth<T>; ++j) {
+        values[j] = candidate(is_step && row.from_now ? end[j] : start[j], row.coefficient, step[j]);
+      }
+      store(to, share, values, memory);
+    }
+  }
+}
+
+// Take a chunk of one stacked model a step. A model without momentum neither reads nor writes its buffer.
+template <typename T, typename L, typename Memory>
+AUTOLR_THREAD void step_model(const L& launch, const Chunk& chunk, int k, int thread, Memory& memory) {
+  using W = typename Wide<T>::type;
+  const auto& parameter = launch.parameters[chunk.parameter];
+  const Sgd<W> settings = launch.settings.models[k];
+  const bool first_step = launch.settings.first_step;
+  const int64_t row = k * parameter.count;
+  T* param = static_cast<T*>(parameter.param) + row;
+  T* buffer = static_cast<T*>(parameter.buffer) + row;
+  const T* grad = static_cast<const T*>(parameter.grad) + row;
+  const bool aligned = is_aligned(param, grad, buffer, 0, 1);
+  for (int64_t tile = chunk.begin; tile < chunk.end; tile += kTile<T>) {
+    const Share share = share_of<T>(tile, chunk.end, thread, aligned);
+    W p[kWidth<T>], g[kWidth<T>], b[kWidth<T>] = {};
+    load(param, share, p, memory);
+    load(grad, share, g, memory);
+    if (settings.has_momentum && !first_step) {
+      load(buffer, share, b, memory);
+    }
+    for (int j = 0; j < kWidth<T>; ++j) {
+      sgd_step(settings, first_step, g[j], p[j], b[j]);
+    }
+    store(param, share, p, memory);
+    if (settings.has_momentum) {
+      store(buffer, share, b, memory);
+    }
+  }
+}
+
+}  // namespace autolr
