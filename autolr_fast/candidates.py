@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .distributed import ProcessGroup, mean_over_ranks
+from . import ops
+from .distributed import ProcessGroup, local, mean_over_ranks
 from .isolation import CALLED_BACKWARD, Closure, ClosureError, Isolation, scalar_loss
 
-__all__ = ["GradientLine", "Line", "StackedBuffer", "StepLine", "candidate_parameters"]
+__all__ = ["GradientLine", "Line", "StackedBuffer", "StepLine", "candidate_parameters", "live_rows"]
 
 
 def candidate_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
@@ -71,20 +72,20 @@ class Line(Protocol):
     parameters: list[nn.Parameter]
     window: int
 
-    def write(self, factor: float, now: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """Write the candidate of one factor.
+    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+        """Write the candidates of N factors.
 
         Args:
-            factor: scale of the step.
-            now: P tensors, the parameters as training left them.
-            out: P tensors of the same shapes, written in place.
+            factors: N scales of the step.
+            now: P tensors, the (local) parameters as training left them.
+            rows: P tensors ``[N, *shape]``, written in place.
         """
 
 
 class StepLine:
     """``prev + f * (now - prev)``: what the optimizer did in its last ``window`` steps, scaled.
 
-    ``f = 1`` is exactly ``now`` and ``f = 0`` exactly ``prev`` (torch.lerp's two-sided formula).
+    ``f = 1`` is exactly ``now`` and ``f = 0`` exactly ``prev``; see :func:`autolr_fast.ops.stack_candidates`.
 
     Args:
         prev: parameter -> its value before the window.
@@ -106,12 +107,11 @@ class StepLine:
                 )
         self.parameters = list(prev)
         self.window = window
-        self._prev = list(prev.values())
+        self._prev = [local(before) for before in prev.values()]
 
-    def write(self, factor: float, now: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """Write ``prev + factor * (now - prev)``; see :class:`Line`."""
-        for start, end, target in zip(self._prev, now, out, strict=True):
-            torch.lerp(start, end, factor, out=target)
+    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+        """Write ``prev + f * (now - prev)``; see :class:`Line`."""
+        ops.stack_candidates(self._prev, now, factors, rows)
 
 
 class GradientLine:
@@ -136,8 +136,9 @@ class GradientLine:
         closure: Closure,
         process_group: ProcessGroup | None = None,
     ):
-        rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-        trained = [parameter for parameter in rates if parameter.requires_grad]
+        groups = optimizer.param_groups
+        group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
+        trained = [parameter for parameter in group_of if parameter.requires_grad]
         # DistributedDataParallel would wait for a backward() that never comes.
         alone = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
         # The backward runs before the buffers are put back: it may have saved them.
@@ -153,12 +154,18 @@ class GradientLine:
             gradients = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
         self.parameters = trained
         self._gradients = [mean_over_ranks(gradient.to_dense(), process_group) for gradient in gradients]
-        self._rates = [rates[parameter] for parameter in trained]
+        device = next((group["lr"].device for group in groups if isinstance(group["lr"], Tensor)), None)
+        rates = [torch.as_tensor(group["lr"], dtype=torch.float64, device=device).reshape(()) for group in groups]
+        self._rates = torch.stack([rates[group_of[parameter]] for parameter in trained])
 
-    def write(self, factor: float, now: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """Write ``now - factor * lr * grad``; see :class:`Line`."""
-        for end, rate, gradient, target in zip(now, self._rates, self._gradients, out, strict=True):
-            torch.sub(end, factor * rate * gradient, out=target)
+    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+        """Write ``now - f * lr * grad``; see :class:`Line`."""
+        ops.stack_gradient_candidates(now, self._gradients, self._rates, factors, rows)
+
+
+def live_rows(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return the (local) parameters as stacked tensors of one row, ``[1, *shape]``, of the same memory."""
+    return [local(parameter).unsqueeze(0) for parameter in parameters]
 
 
 class StackedBuffer:

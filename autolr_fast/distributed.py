@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 else:
     ProcessGroup = object  # torch builds without distributed support have no such class
 
-__all__ = ["ProcessGroup", "is_sharded", "mean_over_ranks", "reshard"]
+__all__ = ["ProcessGroup", "is_sharded", "local", "mean_over_ranks", "reshard"]
 
 
 def mean_over_ranks(tensor: Tensor, process_group: ProcessGroup | None) -> Tensor:
@@ -29,6 +29,12 @@ def mean_over_ranks(tensor: Tensor, process_group: ProcessGroup | None) -> Tenso
     total = tensor.clone()
     dist.all_reduce(total, group=process_group)
     return total / dist.get_world_size(process_group)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor: its shard if it is sharded, else all of it; of the same memory."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard.detach()
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from . import ops
 from .annealing import Annealing, resolve_annealing
 from .calibration import Look, is_unseen, search, steady_state
-from .candidates import GradientLine, Line, StepLine, candidate_parameters
-from .distributed import ProcessGroup, mean_over_ranks
+from .candidates import GradientLine, Line, StepLine, candidate_parameters, live_rows
+from .distributed import ProcessGroup, is_sharded, mean_over_ranks
 from .evaluators import Evaluator, resolve_evaluator
 from .isolation import Closure, check_repeatable
 from .probe import Probe
@@ -131,6 +132,11 @@ class AutoLR(LRScheduler):
                 f"min_lr={min_lr!r}, max_lr={max_lr!r}: need numbers, 0 < min_lr <= max_lr, both finite"
             )
 
+        if direction == "gradient" and is_sharded(model):
+            raise ValueError(
+                "direction='gradient' takes a whole gradient, and the model is sharded over ranks: use 'step'"
+            )
+
         self.model = model
         self.factors = check_factors(factors)
         self.direction = direction
@@ -138,7 +144,8 @@ class AutoLR(LRScheduler):
         self.evaluator = resolve_evaluator(evaluator)
         self.process_group = process_group
         self.last_probe: Probe | None = None
-        self._normalize, self._score = resolve_rules(normalize, score, len(self.factors))
+        self._normalize, self._score = normalize, score
+        self._rules = resolve_rules(normalize, score, len(self.factors))
         self._maximizes = bool(optimizer.param_groups[0].get("maximize", False))
         self._rates = Rates(optimizer, resolve_annealing(anneal), total_steps, min_lr, max_lr)
         self._cadence = Cadence(every, calibrate, windows)
@@ -303,8 +310,8 @@ class AutoLR(LRScheduler):
             return
         lr_before = self._rates.current()
         if self._searched or now > self._cadence.calibrate:
-            rounds, seen = 1, self._look(line, self.factors, closure)
-            self._rates.set_level(self._rates.level * seen.factor ** self._rates.multiplier(now))
+            exponent = self._rates.multiplier(now)
+            rounds, seen = 1, self._look(line, self.factors, closure, self._rates.level, exponent)
         else:
             rounds, seen = self._search(line, closure)
         self._probed_step = now
@@ -323,7 +330,10 @@ class AutoLR(LRScheduler):
             rounds=rounds,
         )
 
-    def _look(self, line: Line, factors: Sequence[float], closure: Closure) -> Look:
+    def _look(
+        self, line: Line, factors: Sequence[float], closure: Closure, level: Tensor, exponent: float = 1.0
+    ) -> Look:
+        """Evaluate the candidates, and move the level by what they say."""
         self._snapshots.probing = True
         try:
             if not self._repeatable:
@@ -335,13 +345,25 @@ class AutoLR(LRScheduler):
         precision = torch.finfo(losses.dtype).eps
         losses = mean_over_ranks(losses.double(), self.process_group).to(self._rates.level.device)
         wanted = -losses if self._maximizes else losses
-        return Look(factors, losses, *weigh(wanted, self.factors, self._normalize, self._score), precision)
+        lowest, highest = self._rates.limits
+        if isinstance(self._normalize, str) and isinstance(self._score, str):
+            rule = self._normalize  # there is one score with a name, and the operator computes it
+            weights, factor = ops.score(
+                wanted, self.factors, level, normalize=rule, exponent=exponent, lowest=lowest, highest=highest
+            )
+        else:
+            weights, factor = weigh(wanted, self.factors, *self._rules)
+            level.mul_(factor**exponent).clamp_(lowest, highest)
+        return Look(factors, losses, weights, factor, precision)
 
     def _search(self, line: Line, closure: Closure) -> tuple[int, Look]:
         taken = self._rates.annealed(max(self.last_epoch, 0)).item()
+        scratch = self._rates.level.clone()  # the level moves once, when the search has ended
         lowest, highest = (limit / taken for limit in self._rates.limits)
         ratio, seen, rounds = search(
-            lambda ratio: self._look(line, tuple(ratio * f for f in self.factors), closure), lowest, highest
+            lambda ratio: self._look(line, tuple(ratio * f for f in self.factors), closure, scratch),
+            lowest,
+            highest,
         )
         unseen = is_unseen(seen)
         if unseen or not seen.losses.isfinite().any():
@@ -356,8 +378,8 @@ class AutoLR(LRScheduler):
             )
             return rounds, seen._replace(factor=torch.ones_like(seen.factor))
         if line.window and ratio != 1.0:
-            with torch.no_grad():
-                line.write(ratio, [parameter.clone() for parameter in line.parameters], line.parameters)
+            rows = live_rows(line.parameters)
+            line.write([ratio], [row[0].clone() for row in rows], rows)
         self._rates.set_level(taken * ratio * steady_state(self.optimizer, self._snapshots.warm))
         self._searched = True
         return rounds, seen._replace(factor=torch.full_like(seen.factor, ratio))

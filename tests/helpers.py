@@ -148,6 +148,15 @@ def parameters_of(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def between(prev, now, factor):
+    """prev + factor * (now - prev) from the nearer end, in float32 or wider, each operation rounded."""
+    wide = torch.promote_types(now.dtype, torch.float32)
+    step = now.to(wide) - prev.to(wide)
+    if abs(factor) < 0.5:
+        return (prev.to(wide) + factor * step).to(now.dtype)
+    return (now.to(wide) - (1 - factor) * step).to(now.dtype)
+
+
 def losses_of_copies(model, prev, factors, loss_of):
     """The loop over deep copies: each candidate in a copy of its own, with the same random numbers."""
     losses = []
@@ -156,7 +165,7 @@ def losses_of_copies(model, prev, factors, loss_of):
         with torch.no_grad(), torch.random.fork_rng():
             for name, parameter in candidate.named_parameters():
                 if name in prev:
-                    parameter.copy_(torch.lerp(prev[name], parameter, factor))
+                    parameter.copy_(between(prev[name], parameter, factor))
             losses.append(loss_of(candidate).item())
     return losses
 

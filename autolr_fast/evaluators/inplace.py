@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..candidates import Line
+from .. import ops
+from ..candidates import Line, live_rows
 from ..isolation import Closure, Isolation
 from .base import Evaluator
 
@@ -29,14 +30,14 @@ class InPlace(Evaluator):
     @torch.no_grad()
     def losses(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
         """Return the losses, [N]; see :meth:`Evaluator.losses`."""
-        now = [parameter.detach().clone() for parameter in line.parameters]
+        rows = live_rows(line.parameters)
+        now = [row[0].clone() for row in rows]
         losses = []
         try:
             with Isolation(model) as isolation:
                 for factor in factors:
-                    line.write(factor, now, line.parameters)
+                    line.write([factor], now, rows)
                     losses.append(isolation.run(closure).detach())
         finally:
-            for parameter, value in zip(line.parameters, now, strict=True):
-                parameter.copy_(value)
+            ops.stack_candidates(now, now, [1.0], rows)
         return torch.stack(losses)

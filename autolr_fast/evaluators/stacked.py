@@ -121,8 +121,7 @@ class Stacked(Evaluator):
             self._buffer = None  # the old one goes before the new one comes
             self._buffer = StackedBuffer(line.parameters, len(factors))
         stacked = [rows[: len(factors)] for rows in self._buffer.stacked]
-        for row, factor in enumerate(factors):
-            line.write(factor, line.parameters, [rows[row] for rows in stacked])
+        line.write(factors, [parameter.detach() for parameter in line.parameters], stacked)
 
         evaluated = _Evaluated(model, closure)
         by_parameter = dict(zip(line.parameters, stacked, strict=True))
@@ -170,11 +169,12 @@ class _ScrambledLine:
     def __init__(self, line: Line):
         self.parameters = line.parameters
 
-    def write(self, factor: float, now: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        for value, target in zip(now, out, strict=True):
+    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+        for value, targets in zip(now, rows, strict=True):
             size = value.abs().mean().nan_to_num()  # of none: 0
-            shift = 0.1 * factor * torch.where(size == 0, 1.0, size)
-            target.copy_(value.roll(int(factor)) * (1 + 0.3 * factor) + shift)
+            shift = torch.where(size == 0, 1.0, size)
+            for factor, target in zip(factors, targets.unbind(0), strict=True):
+                target.copy_(value.roll(int(factor)) * (1 + 0.3 * factor) + 0.1 * factor * shift)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
