@@ -1,4 +1,4 @@
-"""``python -m autolr_fast demo``: watch the learning rate being found."""
+"""``python -m autolr_fast demo``: watch the learning rate being found; ``info``: what serves here, and why."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, demo
+from . import __version__, demo, info
 
 __all__ = ["main"]
 
@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo_parser.add_argument(
         "--out", type=Path, default=Path("autolr_demo.png"), help="the picture; the table goes beside it, as .md"
     )
+
+    what = "print which backend serves each device, why the others do not, and what to do about it"
+    commands.add_parser("info", help=what, description=what).set_defaults(run=info.main)
 
     args = parser.parse_args(argv)
     try:

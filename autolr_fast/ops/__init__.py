@@ -14,14 +14,16 @@ from torch import Tensor
 
 from ..scoring import NORMALIZATIONS
 from . import plain  # noqa: F401, registers the backend that serves everywhere
-from .backends import BackendError, choose, explain
+from .backends import VARIABLE, BackendError, Choice, choose, explain
 from .schemas import BACKENDS, SCHEMAS, overload
 
 __all__ = [
     "BACKENDS",
     "MAX_ROWS",
     "SCHEMAS",
+    "VARIABLE",
     "BackendError",
+    "Choice",
     "choose",
     "explain",
     "score",

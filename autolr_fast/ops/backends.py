@@ -20,9 +20,9 @@ import torch
 
 from .schemas import BACKENDS
 
-__all__ = ["BackendError", "Choice", "choose", "explain"]
+__all__ = ["VARIABLE", "BackendError", "Choice", "choose", "explain"]
 
-_VARIABLE = "AUTOLR_FAST_BACKEND"
+VARIABLE = "AUTOLR_FAST_BACKEND"
 _ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
 _COMPILE = "pip install --no-build-isolation ."
 
@@ -52,7 +52,7 @@ def choose(device_type: str, backend: str | None = None) -> str:
         >>> choose("meta"), choose("cpu", "torch")
         ('torch', 'torch')
     """
-    asked, source = (backend, "backend") if backend is not None else (os.environ.get(_VARIABLE), _VARIABLE)
+    asked, source = (backend, "backend") if backend is not None else (os.environ.get(VARIABLE), VARIABLE)
     if not asked:
         return next(choice.backend for choice in explain(device_type) if not choice.reason)
     reason = f"there is no backend of that name, only {', '.join(BACKENDS)}"
@@ -84,7 +84,7 @@ def _load(backend: str) -> str:
     """Load a backend at the first call; return why it cannot be, or nothing."""
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
-            return "triton is not installed: pip install triton"
+            return "Triton is not installed: pip install triton"
         module, remedy = "autolr_fast.ops.triton", "pip install --upgrade triton"
     else:
         if backend == "cuda" and torch.version.cuda is None:

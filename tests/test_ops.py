@@ -1,0 +1,390 @@
+import math
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autolr_fast import FACTORS_7, AutoLR, ops
+from autolr_fast.scoring import NORMALIZATIONS, SCORES, weigh
+
+from .helpers import between, mlp, problem, sgd, train_step
+
+BACKENDS = [backend for backend, reason in ops.explain("cpu") if not reason]
+# dtype, atol, rtol of the exact result in float64
+DTYPES = [
+    (torch.float64, 1e-13, 1e-13),
+    (torch.float32, 1e-5, 1e-5),
+    (torch.bfloat16, 0.15, 2e-2),
+    (torch.float16, 2e-2, 4e-3),
+]
+# N factors, with both exact ones and some far outside
+FACTORS = (8.0, 1.0, 0.0, 0.5, 0.499, 0.3, -2.0, 1000.0)
+
+
+def pairs(dtype, shapes=((3,), (), (1,), (127,), (64, 33), (0, 4), (5, 7, 3), (100_003,))):
+    prev = [torch.randn(shape).to(dtype) for shape in shapes]
+    return prev, [before + 0.1 * torch.randn(before.shape).to(dtype) for before in prev]
+
+
+def rows_like(tensors, count):
+    return [torch.full((count, *tensor.shape), math.nan, dtype=tensor.dtype) for tensor in tensors]
+
+
+def layouts():
+    """Tensors whose elements lie in memory as they do in parameters: permuted, with gaps, expanded."""
+    return {
+        "channels-last": torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last),
+        "transposed": torch.randn(6, 9).t(),
+        "gaps": torch.randn(6, 9)[:, ::2],
+        "expanded": torch.randn(6, 1).expand(6, 9),
+    }
+
+
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_candidates(backend, dtype, atol, rtol):
+    prev, now = pairs(dtype)
+    out = rows_like(prev, len(FACTORS))
+    ops.stack_candidates(prev, now, FACTORS, out, backend=backend)
+    for before, after, rows in zip(prev, now, out, strict=True):
+        for factor, row in zip(FACTORS, rows, strict=True):
+            assert torch.equal(row, between(before, after, factor))  # bitwise
+            exact = before.double() + factor * (after.double() - before.double())
+            torch.testing.assert_close(row.double(), exact, atol=atol * max(1, abs(factor)), rtol=rtol)
+        assert torch.equal(rows[1], after)
+        assert torch.equal(rows[2], before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_candidates_are_numpys(backend):
+    """float32, operation by operation, by another library."""
+    prev, now = pairs(torch.float32, ((4099,),))
+    out = rows_like(prev, 3)
+    ops.stack_candidates(prev, now, (0.3, 2.0, 0.7), out, backend=backend)
+    start, end = prev[0].numpy(), now[0].numpy()
+    step = end - start
+    expected = [
+        start + numpy.float32(0.3) * step,
+        end + numpy.float32(1.0) * step,
+        end + numpy.float32(0.7 - 1) * step,
+    ]
+    assert all((row.numpy() == other).all() for row, other in zip(out[0], expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_that_are_not_finite_leave_both_ends_exact(backend):
+    prev, now = [torch.tensor([math.inf, 1.0, math.nan, 3e38])], [torch.tensor([1.0, math.nan, 2.0, -3e38])]
+    out = rows_like(prev, 2)
+    ops.stack_candidates(prev, now, (1.0, 0.0), out, backend=backend)
+    torch.testing.assert_close(out[0], torch.stack([now[0], prev[0]]), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_candidates(backend, dtype, atol, rtol):
+    now, grad = pairs(dtype)
+    lr = torch.rand(len(now), dtype=torch.float64)
+    out, plain = rows_like(now, len(FACTORS)), rows_like(now, len(FACTORS))
+    ops.stack_gradient_candidates(now, grad, lr, FACTORS, out, backend=backend)
+    ops.stack_gradient_candidates(now, grad, lr, FACTORS, plain, backend="torch")
+    for value, gradient, rate, rows, others in zip(now, grad, lr, out, plain, strict=True):
+        assert torch.equal(rows, others)
+        for factor, row in zip(FACTORS, rows, strict=True):
+            exact = value.double() - factor * rate * gradient.double()
+            torch.testing.assert_close(row.double(), exact, atol=atol * max(1, abs(factor)), rtol=rtol)
+
+
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), DTYPES[:2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sgd_equals_torch_optim(backend, dtype, atol, rtol):
+    """Four models with settings of their own, three steps, against four optimizers."""
+    settings = [
+        {"lr": 0.1},
+        {"lr": 0.2, "momentum": 0.9, "weight_decay": 0.1},
+        {"lr": 0.3, "momentum": 0.9, "dampening": 0.1},
+        {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.2, "nesterov": True},
+    ]
+    columns = {
+        name: [setting.get(name, 0) for setting in settings]
+        for name in ("lr", "momentum", "weight_decay", "dampening")
+    }
+    columns["nesterov"] = [setting.get("nesterov", False) for setting in settings]
+    shapes = [(3,), (64, 33), (5000,)]
+    params = [torch.randn(4, *shape, dtype=dtype) for shape in shapes]
+    buffers = [torch.zeros_like(param) for param in params]
+    models = [[nn.Parameter(param[k].clone()) for param in params] for k in range(4)]
+    optimizers = [torch.optim.SGD(model, **setting) for model, setting in zip(models, settings, strict=True)]
+    for step in range(3):
+        grads = [torch.randn_like(param) for param in params]
+        ops.stacked_sgd_step(params, grads, buffers, **columns, first_step=step == 0, backend=backend)
+        for k in range(4):
+            for parameter, grad in zip(models[k], grads, strict=True):
+                parameter.grad = grad[k].clone()
+            optimizers[k].step()
+            for parameter, param in zip(models[k], params, strict=True):
+                torch.testing.assert_close(param[k], parameter.detach(), atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [row[0] for row in DTYPES])
+@pytest.mark.parametrize("first_step", [True, False])
+def test_sgd_is_the_same_on_all_backends(dtype, first_step):
+    results = []
+    for backend in BACKENDS:
+        torch.manual_seed(1)
+        params, grads, buffers = ([torch.randn(2, *s).to(dtype) for s in ((5, 3), (3000,))] for _ in range(3))
+        settings = {"weight_decay": [0, 0.1], "dampening": [0, 0.1], "nesterov": [False, True]}
+        ops.stacked_sgd_step(
+            params,
+            grads,
+            buffers,
+            lr=[0.1, 0.2],
+            momentum=[0, 0.9],
+            **settings,
+            first_step=first_step,
+            backend=backend,
+        )
+        results.append([*params, *buffers])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+LOSSES = [
+    [0.9, 1.0, 1.2], [1.0, 1.0, 1.0], [math.nan, 1.0, 2.0], [math.nan] * 3, [math.inf, 2.0, 1.0], [-3.0, -2.0, -1.0],
+    [5000.0, 5001.0, 5002.0], [1e-300, 2e-300, 0.0], [-math.inf, 0.5, 0.25],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("losses", LOSSES, ids=str)
+@pytest.mark.parametrize("normalize", sorted(NORMALIZATIONS))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_score_is_weigh(backend, normalize, losses):
+    losses = torch.tensor(losses, dtype=torch.float64)
+    level = torch.tensor(0.1, dtype=torch.float64)
+    limits = {"lowest": 0.09, "highest": 0.12}
+    weights, factor = ops.score(
+        losses, (2.0, 1.0, 0.5), level, normalize=normalize, exponent=0.7, **limits, backend=backend
+    )
+    expected, mean = weigh(losses, (2.0, 1.0, 0.5), NORMALIZATIONS[normalize], SCORES["exp"])
+    torch.testing.assert_close(weights, expected, rtol=1e-13, atol=1e-300)
+    torch.testing.assert_close(factor, mean, rtol=1e-13, atol=0)
+    assert level.item() == pytest.approx(min(max(0.1 * mean.item() ** 0.7, 0.09), 0.12), rel=1e-13)
+
+
+@pytest.mark.parametrize("layout", sorted(layouts()))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts(backend, layout):
+    """Inputs and outputs of one layout, and of two."""
+    now = layouts()[layout]
+    prev = torch.randn(now.shape)
+    expected = torch.stack([between(prev, now, factor) for factor in FACTORS])
+    for out in (torch.empty(len(FACTORS), *now.shape), torch.empty(*now.shape, len(FACTORS)).movedim(-1, 0)):
+        ops.stack_candidates([prev], [now], FACTORS, [out], backend=backend)
+        assert torch.equal(out, expected)
+    if layout != "expanded":
+        live = now.clone(memory_format=torch.preserve_format)
+        ops.stack_candidates([prev], [now], [0.3], [live.unsqueeze(0)], backend=backend)
+        assert torch.equal(live, between(prev, now, 0.3))
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), max_size=5),
+    st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=64),
+    st.sampled_from([row[0] for row in DTYPES]),
+)
+def test_any_shapes_and_factors(shapes, factors, dtype):
+    prev, now = pairs(dtype, shapes)
+    for backend in BACKENDS:
+        out = rows_like(prev, len(factors))
+        ops.stack_candidates(prev, now, factors, out, backend=backend)
+        for before, after, rows in zip(prev, now, out, strict=True):
+            assert torch.equal(rows, torch.stack([between(before, after, factor) for factor in factors]))
+
+
+def test_dtypes_in_one_model_are_grouped():
+    prev, now = zip(
+        *(pair for row in DTYPES for pair in zip(*pairs(row[0], ((7,), (3, 5))), strict=True)), strict=True
+    )
+    out = rows_like(prev, 2)
+    ops.stack_candidates(prev, now, (2.0, 0.25), out)
+    for before, after, rows in zip(prev, now, out, strict=True):
+        assert torch.equal(rows[1], between(before, after, 0.25))
+
+
+class Seen(TorchDispatchMode):
+    """Notes which operators of this package run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "autolr_fast":
+            self.names.append(str(func).removeprefix("autolr_fast."))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("evaluator", ["inplace", "stacked"])
+def test_which_backend_really_runs(backend, evaluator, monkeypatch):
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, calibrate=0, every=1, evaluator=evaluator)
+    for step in range(2):
+        train_step(model, optimizer, loss_of)
+        monkeypatch.setenv("AUTOLR_FAST_BACKEND", backend)
+        with Seen() as seen:
+            scheduler.step(lambda: loss_of(model))
+        assert set(seen.names) == {f"stack_candidates.{backend}", f"score.{backend}"}
+    # after the first probe, which checks the model: one launch writes all rows
+    assert seen.names.count(f"stack_candidates.{backend}") == (1 if evaluator == "stacked" else 3 + 1)
+
+
+def operands(operator):
+    prev, now = pairs(torch.float32, ((3,), (4, 5)))
+    stacked = [torch.randn(2, 3) for _ in range(3)]
+    losses, level = torch.rand(3, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    return {
+        "stack_candidates": (prev, now, [2.0, 0.3], rows_like(prev, 2)),
+        "stack_gradient_candidates": (prev, now, torch.rand(2, dtype=torch.float64), [2.0, 0.3], rows_like(prev, 2)),
+        "stacked_sgd_step": (
+            *([tensor] for tensor in stacked), [0.1, 0.2], [0.0, 0.9], [0.0, 0.1], [0.0, 0.0], [False, True], False,
+        ),
+        "score": (
+            losses, [2.0, 1.0, 0.5], "minmax", 1.0, 0.0, 9.0, level, torch.empty_like(losses), torch.empty_like(level),
+        ),
+    }[operator]  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", sorted(ops.SCHEMAS))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend, operator):
+    ops.choose("cpu", backend)
+    overload = getattr(getattr(torch.ops.autolr_fast, operator), backend)
+    results = torch.library.opcheck(overload, operands(operator))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the package is not compiled here")
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda prev, now, out: (prev, now, [1.0] * 65, out), "65 rows"),
+        (lambda prev, now, out: (prev, now[:1], [2.0], out), "unequal length"),
+        (lambda prev, now, out: (prev, [now[0].double(), now[1]], [2.0], out), "an input differs"),
+        (lambda prev, now, out: (prev, now, [2.0, 1.0], out), "out differs"),
+        (lambda prev, now, out: ([prev[0], prev[1].t()], [now[0], now[1].t()], [2.0], out), "out differs"),
+        (lambda prev, now, out: ([x[::2] for x in prev], [x[::2] for x in now], [2.0], out), "not dense"),
+    ],
+)
+def test_the_compiled_operator_checks_what_it_would_write_to(spoil, says):
+    ops.choose("cpu", "cpp")
+    prev, now = pairs(torch.float32, ((4,), (4, 5)))
+    with pytest.raises(RuntimeError, match=says):
+        torch.ops.autolr_fast.stack_candidates.cpp(*spoil(prev, now, rows_like(prev, 1)))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda t, r: ops.stack_candidates([t], [t], [], [r]), ValueError, "factors has 0 values: give 1 to 64"),
+        (lambda t, r: ops.stack_candidates([t], [t], [1.0] * 65, [r]), ValueError, "factors has 65 values"),
+        (lambda t, r: ops.stack_candidates([t], [], [1.0], [r]), ValueError, "now has 0 tensors and prev 1"),
+        (
+            lambda t, r: ops.stack_candidates([t], [t[:2]], [1.0], [r]),
+            ValueError,
+            r"now\[0\] is .* \[2\].*like prev",
+        ),
+        (
+            lambda t, r: ops.stack_candidates([t], [t], [1.0, 2.0], [r]),
+            ValueError,
+            r"out\[0\] is .*expected.*\[2, 3\]",
+        ),
+        (lambda t, r: ops.stack_candidates([t], [t.double()], [1.0], [r]), ValueError, "float64"),
+        (
+            lambda t, r: ops.stack_candidates([t.cfloat()], [t.cfloat()], [1.0], [r.cfloat()]),
+            TypeError,
+            "complex64",
+        ),
+        (lambda t, r: ops.stack_gradient_candidates([t], [t], t, [1.0], [r]), ValueError, "lr is torch.float32"),
+        (lambda t, r: ops.score(t, [1.0, 2.0, 3.0], t[0].double()), ValueError, "losses is torch.float32"),
+        (
+            lambda t, r: ops.score(t.double(), [1.0, 2.0, 3.0], t[0].double(), normalize="max"),
+            ValueError,
+            "'max' is not",
+        ),
+    ],
+)
+def test_bad_operands(call, error, says):
+    with pytest.raises(error, match=says):
+        call(torch.ones(3), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("backend", "says"),
+    [("fast", "no backend of that name, only cuda, triton, cpp, torch"), ("cuda", "it serves cuda only")],
+)
+def test_a_backend_asked_for_by_name_never_falls_back(backend, says, monkeypatch):
+    tensors, out = pairs(torch.float32, ((3,),)), [torch.zeros(1, 3)]
+    with pytest.raises(
+        ops.BackendError, match=f"backend='{backend}' cannot serve cpu: .*{says}.*What can here:.*torch"
+    ):
+        ops.stack_candidates(*tensors, [1.0], out, backend=backend)
+    monkeypatch.setenv("AUTOLR_FAST_BACKEND", backend)
+    with pytest.raises(ops.BackendError, match=f"AUTOLR_FAST_BACKEND='{backend}' cannot serve cpu"):
+        ops.stack_candidates(*tensors, [1.0], out)
+    assert not out[0].any()
+
+
+def test_a_library_that_does_not_load_is_one_warning_and_plain_torch(tmp_path):
+    """In a copy of the package whose library is no library: import is silent, use warns once and works."""
+    script = """
+import shutil, sys, warnings, pathlib, torch
+import autolr_fast
+source = pathlib.Path(autolr_fast.__file__).parent
+copy = pathlib.Path(sys.argv[1]) / "autolr_fast"
+shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+(copy / "_cpp.abi3.so").write_bytes(b"nonsense")
+print(copy.parent)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
+    use = """
+import warnings
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    import torch
+    from autolr_fast import ops
+out = [torch.zeros(1, 3)]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        ops.stack_candidates([torch.zeros(3)], [torch.ones(3)], [2.0], out)
+assert out[0].tolist() == [[2.0, 2.0, 2.0]]
+assert len(caught) == 1 and "compile it again" in str(caught[0].message), caught
+try:
+    ops.choose("cpu", "cpp")
+except ops.BackendError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", use], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert "backend='cpp' cannot serve cpu" in done.stdout
+    assert "--no-build-isolation" in done.stdout
+
+
+def test_parameters_of_a_model_share_memory_with_their_rows():
+    """What the in-place evaluator writes to is the parameters themselves, whatever their layout."""
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight = nn.Parameter(model[0].weight.t().contiguous().t())
+    prev = [parameter.detach() + 1 for parameter in model.parameters()]
+    rows = [parameter.detach().unsqueeze(0) for parameter in model.parameters()]
+    now = [row[0].clone() for row in rows]
+    ops.stack_candidates(prev, now, [FACTORS_7[0]], rows)
+    for parameter, before, after in zip(model.parameters(), prev, now, strict=True):
+        assert torch.equal(parameter.detach(), between(before, after, 8.0))
+    ops.stack_candidates(now, now, [1.0], rows)
+    assert all(torch.equal(p.detach(), value) for p, value in zip(model.parameters(), now, strict=True))
