@@ -5,15 +5,17 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo test lint format wheel bench clean
 
 help:
 	@echo "make demo     train a small network under every schedule, print a table, write a picture"
 	@echo "make test     run all tests"
 	@echo "make lint     check format, lint and types"
 	@echo "make format   format and mend what can be mended"
-	@echo "make wheel    build dist/*.whl"
+	@echo "make wheel    build dist/*.whl: the operators compiled for Python >= 3.10 and torch >= 2.11"
+	@echo "make bench    measure the operators, write benchmarks/results/"
 	@echo "make clean    remove what these made"
 
 demo: $(VENV)/demo.installed
@@ -32,14 +34,22 @@ format: $(VENV)/dev.installed
 	$(BIN)/ruff format .
 
 wheel: $(VENV)/dev.installed
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build --no-isolation
+
+bench: $(VENV)/dev.installed
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks/test_ops.py --benchmark-json=build/ops.json
+	$(BIN)/python -m benchmarks.report build/ops.json ops
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info autolr_demo.png autolr_demo.md
 
-# torch comes first, so that installing the package never chooses a build of it.
-$(VENV)/%.installed: pyproject.toml setup.py
+# The demo is fast enough without compiled operators, and starts sooner.
+$(VENV)/demo.installed: export AUTOLR_FAST_BUILD ?= none
+
+# torch comes first: installing the package never chooses a build of it, and the operators compile against it.
+$(VENV)/%.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	$(PIP) install "$(TORCH)" "setuptools>=77" ninja
+	$(PIP) install --no-build-isolation --editable ".[$*]"
 	touch $@

@@ -15,6 +15,7 @@ from autolr_fast.scoring import NORMALIZATIONS, SCORES, weigh
 
 from .helpers import between, mlp, problem, sgd, train_step
 
+stack = ops.stack_candidates
 BACKENDS = [backend for backend, reason in ops.explain("cpu") if not reason]
 # dtype, atol, rtol of the exact result in float64
 DTYPES = [
@@ -154,8 +155,8 @@ def test_sgd_is_the_same_on_all_backends(dtype, first_step):
 
 
 LOSSES = [
-    [0.9, 1.0, 1.2], [1.0, 1.0, 1.0], [math.nan, 1.0, 2.0], [math.nan] * 3, [math.inf, 2.0, 1.0], [-3.0, -2.0, -1.0],
-    [5000.0, 5001.0, 5002.0], [1e-300, 2e-300, 0.0], [-math.inf, 0.5, 0.25],
+    [0.9, 1.0, 1.2], [1.0, 1.0, 1.0], [math.nan, 1.0, 2.0], [math.nan] * 3, [math.inf, 2.0, 1.0],
+    [-3.0, -2.0, -1.0], [5000.0, 5001.0, 5002.0], [1e-300, 2e-300, 0.0], [-math.inf, 0.5, 0.25],
 ]  # fmt: skip
 
 
@@ -234,7 +235,7 @@ def test_which_backend_really_runs(backend, evaluator, monkeypatch):
     model, loss_of = problem("mlp")
     optimizer = sgd(model)
     scheduler = AutoLR(optimizer, model, calibrate=0, every=1, evaluator=evaluator)
-    for step in range(2):
+    for _ in range(2):
         train_step(model, optimizer, loss_of)
         monkeypatch.setenv("AUTOLR_FAST_BACKEND", backend)
         with Seen() as seen:
@@ -250,12 +251,12 @@ def operands(operator):
     losses, level = torch.rand(3, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
     return {
         "stack_candidates": (prev, now, [2.0, 0.3], rows_like(prev, 2)),
-        "stack_gradient_candidates": (prev, now, torch.rand(2, dtype=torch.float64), [2.0, 0.3], rows_like(prev, 2)),
+        "stack_gradient_candidates": (prev, now, losses[:2].clone(), [2.0, 0.3], rows_like(prev, 2)),
         "stacked_sgd_step": (
             *([tensor] for tensor in stacked), [0.1, 0.2], [0.0, 0.9], [0.0, 0.1], [0.0, 0.0], [False, True], False,
         ),
         "score": (
-            losses, [2.0, 1.0, 0.5], "minmax", 1.0, 0.0, 9.0, level, torch.empty_like(losses), torch.empty_like(level),
+            losses, [2.0, 1.0, 0.5], "minmax", 1.0, 0.0, 9.0, level, torch.empty_like(losses), level.clone(),
         ),
     }[operator]  # fmt: skip
 
@@ -291,32 +292,16 @@ def test_the_compiled_operator_checks_what_it_would_write_to(spoil, says):
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda t, r: ops.stack_candidates([t], [t], [], [r]), ValueError, "factors has 0 values: give 1 to 64"),
-        (lambda t, r: ops.stack_candidates([t], [t], [1.0] * 65, [r]), ValueError, "factors has 65 values"),
-        (lambda t, r: ops.stack_candidates([t], [], [1.0], [r]), ValueError, "now has 0 tensors and prev 1"),
-        (
-            lambda t, r: ops.stack_candidates([t], [t[:2]], [1.0], [r]),
-            ValueError,
-            r"now\[0\] is .* \[2\].*like prev",
-        ),
-        (
-            lambda t, r: ops.stack_candidates([t], [t], [1.0, 2.0], [r]),
-            ValueError,
-            r"out\[0\] is .*expected.*\[2, 3\]",
-        ),
-        (lambda t, r: ops.stack_candidates([t], [t.double()], [1.0], [r]), ValueError, "float64"),
-        (
-            lambda t, r: ops.stack_candidates([t.cfloat()], [t.cfloat()], [1.0], [r.cfloat()]),
-            TypeError,
-            "complex64",
-        ),
+        (lambda t, r: stack([t], [t], [], [r]), ValueError, "factors has 0 values: give 1 to 64"),
+        (lambda t, r: stack([t], [t], [1.0] * 65, [r]), ValueError, "factors has 65 values"),
+        (lambda t, r: stack([t], [], [1.0], [r]), ValueError, "now has 0 tensors and prev 1"),
+        (lambda t, r: stack([t], [t[:2]], [1.0], [r]), ValueError, r"now\[0\] is .* \[2\].*like prev"),
+        (lambda t, r: stack([t], [t], [1.0, 2.0], [r]), ValueError, r"out\[0\] is .*expected.*\[2, 3\]"),
+        (lambda t, r: stack([t], [t.double()], [1.0], [r]), ValueError, "float64"),
+        (lambda t, r: stack([t.cfloat()], [t.cfloat()], [1.0], [r.cfloat()]), TypeError, "complex64"),
         (lambda t, r: ops.stack_gradient_candidates([t], [t], t, [1.0], [r]), ValueError, "lr is torch.float32"),
-        (lambda t, r: ops.score(t, [1.0, 2.0, 3.0], t[0].double()), ValueError, "losses is torch.float32"),
-        (
-            lambda t, r: ops.score(t.double(), [1.0, 2.0, 3.0], t[0].double(), normalize="max"),
-            ValueError,
-            "'max' is not",
-        ),
+        (lambda t, r: ops.score(t, [1, 2, 3], t[0].double()), ValueError, "losses is torch.float32"),
+        (lambda t, r: ops.score(t.double(), [1, 2, 3], t[0].double(), normalize="max"), ValueError, "'max' is not"),
     ],
 )
 def test_bad_operands(call, error, says):
