@@ -2,6 +2,13 @@
 
 #include <algorithm>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+#ifdef __unix__
+#include <unistd.h>
+#endif
+
 #include "arguments.h"
 
 // Compiled for several instruction sets, of which the loader picks the machine's: one wheel is fast on each.
@@ -63,6 +70,29 @@ AUTOLR_CLONES void write_step_row(const T* __restrict__ prev, const T* __restric
   }
 }
 
+#ifdef __SSE2__
+// The same past the caches: a store through them first reads the line that it overwrites, and evicts another.
+template <typename T>
+AUTOLR_CLONES void stream_step_row(const T* __restrict__ prev, const T* __restrict__ now, Row<T> row, int64_t count,
+                                   T* __restrict__ out) {
+  typedef T Vector __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
+  constexpr int64_t kLanes = 16 / sizeof(T);
+  const int64_t head = std::min(count, (-reinterpret_cast<intptr_t>(out) & 15) / static_cast<int64_t>(sizeof(T)));
+  write_step_row(prev, now, row, head, out);
+  const T* base = row.from_now ? now : prev;
+  int64_t i = head;
+  for (; i + kLanes <= count; i += kLanes) {
+    Vector value = *reinterpret_cast<const Vector*>(base + i);
+    if (row.coefficient != T(0)) {
+      const Vector step = *reinterpret_cast<const Vector*>(now + i) - *reinterpret_cast<const Vector*>(prev + i);
+      value = value + row.coefficient * step;
+    }
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), (__m128i)value);
+  }
+  write_step_row(prev + i, now + i, row, count - i, out + i);
+}
+#endif
+
 // row = now - f * lr * grad
 template <typename T, typename W>
 AUTOLR_CLONES void write_gradient_row(const T* __restrict__ now, const T* __restrict__ grad, Row<W> row, int64_t count,
@@ -83,6 +113,26 @@ AUTOLR_CLONES void sgd_row(const Sgd<W>& settings, bool first_step, const T* __r
   }
 }
 
+template <typename T>
+int64_t bytes_written(const std::vector<Flat>& parameters, int64_t rows) {
+  int64_t bytes = 0;
+  for (const Flat& parameter : parameters) {
+    bytes += parameter.count * rows * static_cast<int64_t>(sizeof(T));
+  }
+  return bytes;
+}
+
+// Who reads the rows next finds them there, if they fit.
+int64_t last_level_cache() {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  static const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (bytes > 0) {
+    return bytes;
+  }
+#endif
+  return int64_t{32} << 20;
+}
+
 void stack_candidates(std::vector<Tensor> prev, std::vector<Tensor> now, std::vector<double> factors,
                       std::vector<Tensor> out) {
   const auto rows = static_cast<int64_t>(factors.size());
@@ -93,12 +143,21 @@ void stack_candidates(std::vector<Tensor> prev, std::vector<Tensor> now, std::ve
   dispatch(prev[0].scalar_type(), [&](auto example) {
     using T = decltype(example);
     using W = typename Wide<T>::type;
+    [[maybe_unused]] const bool streams = bytes_written<T>(parameters, rows) > last_level_cache();
     for_each_chunk(parameters, [&](size_t index, int64_t offset, int64_t count) {
       const Flat& parameter = parameters[index];
       const T* before = static_cast<const T*>(parameter.first) + offset;
       const T* after = static_cast<const T*>(parameter.second) + offset;
       T* to = static_cast<T*>(parameter.rows) + offset;
       for (int64_t n = 0; n < rows; ++n) {
+#ifdef __SSE2__
+        if constexpr (std::is_same_v<T, W>) {
+          if (streams) {
+            stream_step_row(before, after, step_row<W>(factors[n]), count, to + n * parameter.count);
+            continue;
+          }
+        }
+#endif
         write_step_row(before, after, step_row<W>(factors[n]), count, to + n * parameter.count);
       }
     });

@@ -62,6 +62,19 @@ def test_candidates(backend, dtype, atol, rtol):
         assert torch.equal(rows[2], before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_candidates_beyond_the_caches(backend, dtype):
+    """160 MB and more: where stores may go past the caches; rows that start on a vector and rows that do not."""
+    prev, now = pairs(dtype, ((1_000_003,), (999_999,), (262_144,), (5,)))
+    factors = (*FACTORS, 4.0, 3.0, 0.125, *FACTORS)
+    out = rows_like(prev, len(factors))
+    ops.stack_candidates(prev, now, factors, out, backend=backend)
+    for before, after, rows in zip(prev, now, out, strict=True):
+        for factor, row in zip(factors, rows, strict=True):
+            assert torch.equal(row, between(before, after, factor))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_candidates_are_numpys(backend):
     """float32, operation by operation, by another library."""

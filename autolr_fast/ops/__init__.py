@@ -53,7 +53,7 @@ def stack_candidates(
         prev: P tensors, of any shapes, strides, floating-point dtypes and devices.
         now: P tensors like them.
         factors: N numbers, 1 to 64.
-        out: P tensors ``[N, *shape]``, written in place.
+        out: P tensors ``[N, *shape]``, written in place; they share no memory with the inputs.
         backend: one asked for by name; see :mod:`autolr_fast.ops.backends`.
 
     Raises:
