@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -150,26 +152,28 @@ def test_alternative(benchmark: Any, work: Work, alternative: str) -> None:
     measure(benchmark, work, alternative, lambda: ALTERNATIVES[alternative](work))
 
 
-def test_copy(benchmark: Any, work: Work) -> None:
-    """A plain copy that moves as many bytes: what the memory gives."""
+def measure(benchmark: Any, work: Work, what: str, run: Callable[[], object]) -> None:
+    """Time a call, and before each round a plain copy that moves as many bytes: what the memory gives just then."""
     source = torch.ones(work.bytes // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    measure(benchmark, work, "copy of the same bytes", lambda: target.copy_(source))
+    copied: list[float] = []
 
-
-def measure(benchmark: Any, work: Work, what: str, run: Callable[[], object]) -> None:
-    """Time a call, and note what is needed to judge it."""
+    def copy_as_much() -> None:
+        start = time.perf_counter()
+        target.copy_(source)
+        _wait()
+        copied.append(time.perf_counter() - start)
 
     def call() -> None:
         run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        _wait()
 
-    benchmark.pedantic(call, rounds=work.rounds, warmup_rounds=2)
+    benchmark.pedantic(call, setup=copy_as_much, rounds=work.rounds, warmup_rounds=2)
     benchmark.extra_info.update(
         what=what,
         model=work.name,
         bytes=work.bytes,
+        copy_ms=1e3 * statistics.median(copied),
         parameters=sum(now.numel() for now in work.now),
         tensors=len(work.now),
         candidates=len(FACTORS),
@@ -178,3 +182,8 @@ def measure(benchmark: Any, work: Work, what: str, run: Callable[[], object]) ->
         torch=torch.__version__,
         threads=torch.get_num_threads(),
     )
+
+
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()

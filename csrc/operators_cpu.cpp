@@ -5,9 +5,6 @@
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
-#ifdef __unix__
-#include <unistd.h>
-#endif
 
 #include "arguments.h"
 
@@ -21,34 +18,28 @@
 namespace autolr {
 namespace {
 
-// Elements that one thread takes at a time: what it reads stays in its core's cache while it writes row after
-// row, each in one long run, which memory likes best. A small model is cut finer, so that all threads have some.
-constexpr int64_t kLargestChunk = 8192, kSmallestChunk = 2048;
+// Elements that one thread takes at a time: what it reads stays in its core's first cache while it writes row after
+// row.
+constexpr int64_t kChunk = 2048;
 
 // Call f(parameter, offset, count) for every chunk of every parameter. All chunks are one range, so that threads
 // share the work evenly whatever the sizes of the parameters.
 template <typename P, typename F>
 void for_each_chunk(const std::vector<P>& parameters, const F& f) {
-  int64_t total = 0;
-  for (const P& parameter : parameters) {
-    total += parameter.count;
-  }
-  const int64_t share = total / (8 * static_cast<int64_t>(torch::stable::get_num_threads()));
-  const int64_t chunk = std::clamp(share / kSmallestChunk * kSmallestChunk, kSmallestChunk, kLargestChunk);
   std::vector<int64_t> first{0};  // [P + 1]: number of the first chunk of each parameter
   first.reserve(parameters.size() + 1);
   for (const P& parameter : parameters) {
-    first.push_back(first.back() + (parameter.count + chunk - 1) / chunk);
+    first.push_back(first.back() + (parameter.count + kChunk - 1) / kChunk);
   }
   // Waking a thread for less than 16 k elements costs more than it saves.
-  torch::stable::parallel_for(0, first.back(), std::max<int64_t>(1, 16384 / chunk), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, first.back(), 16384 / kChunk, [&](int64_t begin, int64_t end) {
     size_t index = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t number = begin; number < end; ++number) {
       while (number >= first[index + 1]) {
         ++index;
       }
-      const int64_t offset = (number - first[index]) * chunk;
-      f(index, offset, std::min(chunk, parameters[index].count - offset));
+      const int64_t offset = (number - first[index]) * kChunk;
+      f(index, offset, std::min(kChunk, parameters[index].count - offset));
     }
   });
 }
@@ -122,16 +113,9 @@ int64_t bytes_written(const std::vector<Flat>& parameters, int64_t rows) {
   return bytes;
 }
 
-// Who reads the rows next finds them there, if they fit.
-int64_t last_level_cache() {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  static const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (bytes > 0) {
-    return bytes;
-  }
-#endif
-  return int64_t{32} << 20;
-}
+// Who reads the rows next finds them there, if they fit. What one group of cores shares, as most have it: what the
+// system reports may be the sum over all groups of a machine of which this process sees a part.
+constexpr int64_t kSharedCache = int64_t{32} << 20;
 
 void stack_candidates(std::vector<Tensor> prev, std::vector<Tensor> now, std::vector<double> factors,
                       std::vector<Tensor> out) {
@@ -143,7 +127,7 @@ void stack_candidates(std::vector<Tensor> prev, std::vector<Tensor> now, std::ve
   dispatch(prev[0].scalar_type(), [&](auto example) {
     using T = decltype(example);
     using W = typename Wide<T>::type;
-    [[maybe_unused]] const bool streams = bytes_written<T>(parameters, rows) > last_level_cache();
+    [[maybe_unused]] const bool streams = bytes_written<T>(parameters, rows) > kSharedCache;
     for_each_chunk(parameters, [&](size_t index, int64_t offset, int64_t count) {
       const Flat& parameter = parameters[index];
       const T* before = static_cast<const T*>(parameter.first) + offset;

@@ -36,6 +36,7 @@ MAX_ROWS = 64
 """Candidates, or stacked models, that one call can write."""
 
 
+@torch.no_grad()
 def stack_candidates(
     prev: Sequence[Tensor],
     now: Sequence[Tensor],
@@ -76,6 +77,7 @@ def stack_candidates(
         rows.copy_back()
 
 
+@torch.no_grad()
 def stack_gradient_candidates(
     now: Sequence[Tensor],
     grad: Sequence[Tensor],
@@ -107,6 +109,7 @@ def stack_gradient_candidates(
         rows.copy_back()
 
 
+@torch.no_grad()
 def stacked_sgd_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -218,20 +221,19 @@ class _Rows:
     """P stacked tensors ``[N, *shape]`` whose rows are dense and follow each other, or such stand-ins for them."""
 
     def __init__(self, stacked: Sequence[Tensor], like: _Rows | None = None):
-        if like is None:
-            self._layouts = [_dense_strides(tensor[0]) for tensor in stacked]
-        else:
-            self._layouts = like._layouts
+        self._layouts: list[tuple[int, ...]] = (
+            [_row_strides(tensor) for tensor in stacked] if like is None else like._layouts
+        )
         self._stacked = stacked
         self.dense = [
-            tensor if tensor.stride()[1:] == layout and _is_back_to_back(tensor) else _aligned(tensor, layout)
+            tensor if _is_back_to_back(tensor, layout) else _aligned(tensor, layout)
             for tensor, layout in zip(stacked, self._layouts, strict=True)
         ]
 
     def align(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Return the tensors ``[*shape]`` with their elements in the order of a row's."""
         return [
-            tensor.detach() if tensor.stride() == layout else _aligned(tensor.detach().unsqueeze(0), layout)[0]
+            tensor if tensor.stride() == layout else _aligned(tensor.unsqueeze(0), layout)[0]
             for tensor, layout in zip(tensors, self._layouts, strict=True)
         ]
 
@@ -242,15 +244,16 @@ class _Rows:
                 tensor.copy_(dense)
 
 
-def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Return the strides of the tensor if it is dense, else those of a dense tensor most like it."""
-    if tensor.is_contiguous():
-        return tensor.stride()
-    return torch.empty_like(tensor, device="meta").stride()
+def _row_strides(stacked: Tensor) -> tuple[int, ...]:
+    """Return the strides of a row ``[*shape]`` if it is dense, else those of a dense tensor most like it."""
+    if stacked.is_contiguous() or stacked[0].is_contiguous():
+        return stacked.stride()[1:]
+    return torch.empty_like(stacked[0], device="meta").stride()
 
 
-def _is_back_to_back(stacked: Tensor) -> bool:
-    return len(stacked) == 1 or stacked.stride(0) == stacked[0].numel()
+def _is_back_to_back(stacked: Tensor, layout: tuple[int, ...]) -> bool:
+    follow = len(stacked) == 1 or stacked.stride(0) * len(stacked) == stacked.numel()
+    return follow and stacked.stride()[1:] == layout
 
 
 def _aligned(stacked: Tensor, layout: tuple[int, ...]) -> Tensor:
