@@ -15,7 +15,15 @@ from . import ops
 from .distributed import ProcessGroup, local, mean_over_ranks
 from .isolation import CALLED_BACKWARD, Closure, ClosureError, Isolation, scalar_loss
 
-__all__ = ["GradientLine", "Line", "StackedBuffer", "StepLine", "candidate_parameters", "live_rows"]
+__all__ = [
+    "GradientLine",
+    "Line",
+    "StackedBuffer",
+    "StepLine",
+    "candidate_parameters",
+    "dense_strides",
+    "live_rows",
+]
 
 
 def candidate_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
@@ -72,13 +80,31 @@ class Line(Protocol):
     parameters: list[nn.Parameter]
     window: int
 
-    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+    def write(
+        self,
+        factors: Sequence[float],
+        now: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        indices: Sequence[int] | None = None,
+    ) -> None:
         """Write the candidates of N factors.
 
         Args:
             factors: N scales of the step.
-            now: P tensors, the (local) parameters as training left them.
-            rows: P tensors ``[N, *shape]``, written in place.
+            now: the (local) parameters as training left them.
+            rows: as many tensors ``[N, *shape]``, written in place.
+            indices: which of the parameters ``now`` and ``rows`` are; all P by default.
+        """
+
+    def coefficients(self, factors: Sequence[float]) -> list[float]:
+        """Return N numbers c such that the candidates are ``now + c * direction``."""
+
+    def direction(self, index: int, now: Tensor) -> Tensor:
+        """Return the direction of one parameter, of its shape.
+
+        Args:
+            index: of the parameter.
+            now: the (local) parameter as training left it.
         """
 
 
@@ -109,9 +135,23 @@ class StepLine:
         self.window = window
         self._prev = [local(before) for before in prev.values()]
 
-    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+    def write(
+        self,
+        factors: Sequence[float],
+        now: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        indices: Sequence[int] | None = None,
+    ) -> None:
         """Write ``prev + f * (now - prev)``; see :class:`Line`."""
-        ops.stack_candidates(self._prev, now, factors, rows)
+        ops.stack_candidates(_of(self._prev, indices), now, factors, rows)
+
+    def coefficients(self, factors: Sequence[float]) -> list[float]:
+        """Return ``f - 1`` for each; see :class:`Line`."""
+        return [factor - 1 for factor in factors]
+
+    def direction(self, index: int, now: Tensor) -> Tensor:
+        """Return ``now - prev``; see :class:`Line`."""
+        return now - self._prev[index]
 
 
 class GradientLine:
@@ -158,9 +198,28 @@ class GradientLine:
         rates = [torch.as_tensor(group["lr"], dtype=torch.float64, device=device).reshape(()) for group in groups]
         self._rates = torch.stack([rates[group_of[parameter]] for parameter in trained])
 
-    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+    def write(
+        self,
+        factors: Sequence[float],
+        now: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        indices: Sequence[int] | None = None,
+    ) -> None:
         """Write ``now - f * lr * grad``; see :class:`Line`."""
-        ops.stack_gradient_candidates(now, self._gradients, self._rates, factors, rows)
+        rates = self._rates if indices is None else self._rates[list(indices)]
+        ops.stack_gradient_candidates(now, _of(self._gradients, indices), rates, factors, rows)
+
+    def coefficients(self, factors: Sequence[float]) -> list[float]:
+        """Return the factors; see :class:`Line`."""
+        return list(factors)
+
+    def direction(self, index: int, now: Tensor) -> Tensor:
+        """Return ``-lr * grad``; see :class:`Line`."""
+        return self._gradients[index].mul(-self._rates[index].to(now.device, now.dtype))
+
+
+def _of(tensors: Sequence[Tensor], indices: Sequence[int] | None) -> Sequence[Tensor]:
+    return tensors if indices is None else [tensors[index] for index in indices]
 
 
 def live_rows(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -202,7 +261,7 @@ class StackedBuffer:
         flat = {kind: torch.empty(size, device=kind[0], dtype=kind[1]) for kind, size in sizes.items()}
         self.stacked = [
             flat[parameter.device, parameter.dtype].as_strided(
-                (rows, *parameter.shape), (parameter.numel(), *_dense_strides(parameter)), offset
+                (rows, *parameter.shape), (parameter.numel(), *dense_strides(parameter)), offset
             )
             for parameter, offset in zip(parameters, offsets, strict=True)
         ]
@@ -216,6 +275,8 @@ class StackedBuffer:
         return [(p.shape, p.stride(), p.dtype, p.device) for p in parameters]
 
 
-def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
+def dense_strides(parameter: Tensor) -> tuple[int, ...]:
     """Return the parameter's own strides if it is dense, else those of a dense tensor most like it."""
+    if parameter.is_contiguous():
+        return parameter.stride()
     return torch.empty_like(parameter, device="meta").stride()

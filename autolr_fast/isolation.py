@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,7 @@ class Isolation:
 
     def __enter__(self) -> Isolation:
         self._modules = [_ModuleState(module) for module in self._model.modules()]
+        self._random = [(restore, state()) for state, restore in _random_streams()]
         self._gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
         for parameter, _ in self._gradients:
             parameter.grad = None
@@ -64,11 +65,12 @@ class Isolation:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
 
-    def run(self, closure: Closure) -> Tensor:
+    def run(self, closure: Closure, within: AbstractContextManager[Any] | None = None) -> Tensor:
         """Return the closure's loss, which autograd does not record.
 
         Args:
             closure: called once.
+            within: what it is called inside of.
 
         Returns:
             The loss, 0-dim.
@@ -76,7 +78,7 @@ class Isolation:
         Raises:
             ClosureError: if the closure does not return a scalar loss tensor, or calls backward.
         """
-        with self.rewound(), torch.no_grad():
+        with self.rewound(), torch.no_grad(), within or nullcontext():
             return scalar_loss(closure)
 
     @contextmanager
@@ -85,9 +87,10 @@ class Isolation:
         # Autocast caches casts by tensor: a cast of one candidate's weights must not serve the next.
         torch.clear_autocast_cache()
         try:
-            with _forked_rng():
-                yield
+            yield
         finally:
+            for restore, state in self._random:
+                restore(state)
             torch.clear_autocast_cache()
             for module in self._modules:
                 module.restore()
@@ -164,16 +167,6 @@ def scalar_loss(closure: Closure) -> Tensor:
     if not loss.is_floating_point():
         raise ClosureError(f"closure returned a {loss.dtype} tensor: a loss is a real floating-point number")
     return loss.reshape(())
-
-
-@contextmanager
-def _forked_rng() -> Iterator[None]:
-    saved = [(restore, state()) for state, restore in _random_streams()]
-    try:
-        yield
-    finally:
-        for restore, state in saved:
-            restore(state)
 
 
 def _random_streams() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:

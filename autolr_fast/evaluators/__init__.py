@@ -4,10 +4,11 @@ from .auto import Auto
 from .base import Evaluator, EvaluatorError
 from .inplace import InPlace
 from .stacked import Stacked
+from .streamed import Streamed
 
-__all__ = ["EVALUATORS", "Auto", "Evaluator", "EvaluatorError", "InPlace", "Stacked", "resolve_evaluator"]
+__all__ = ["EVALUATORS", "Auto", "Evaluator", "EvaluatorError", "InPlace", "Stacked", "Streamed", "resolve_evaluator"]
 
-EVALUATORS: dict[str, type[Evaluator]] = {"auto": Auto, "inplace": InPlace, "stacked": Stacked}
+EVALUATORS: dict[str, type[Evaluator]] = {"auto": Auto, "inplace": InPlace, "stacked": Stacked, "streamed": Streamed}
 
 
 def resolve_evaluator(evaluator: str | Evaluator) -> Evaluator:
