@@ -96,6 +96,9 @@ class Line(Protocol):
             indices: which of the parameters ``now`` and ``rows`` are; all P by default.
         """
 
+    def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
+        """Write one parameter ``[*shape]`` of one candidate."""
+
     def coefficients(self, factors: Sequence[float]) -> list[float]:
         """Return N numbers c such that the candidates are ``now + c * direction``."""
 
@@ -144,6 +147,10 @@ class StepLine:
     ) -> None:
         """Write ``prev + f * (now - prev)``; see :class:`Line`."""
         ops.stack_candidates(_of(self._prev, indices), now, factors, rows)
+
+    def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
+        """Write one parameter of one candidate; see :class:`Line`."""
+        ops.write_candidate(self._prev[index], now, factor, out)
 
     def coefficients(self, factors: Sequence[float]) -> list[float]:
         """Return ``f - 1`` for each; see :class:`Line`."""
@@ -208,6 +215,10 @@ class GradientLine:
         """Write ``now - f * lr * grad``; see :class:`Line`."""
         rates = self._rates if indices is None else self._rates[list(indices)]
         ops.stack_gradient_candidates(now, _of(self._gradients, indices), rates, factors, rows)
+
+    def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
+        """Write one parameter of one candidate; see :class:`Line`."""
+        self.write([factor], [now], [out.unsqueeze(0)], [index])
 
     def coefficients(self, factors: Sequence[float]) -> list[float]:
         """Return the factors; see :class:`Line`."""

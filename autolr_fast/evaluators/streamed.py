@@ -76,7 +76,7 @@ class _Candidate(Substitution):
         now = self._now[index]
         row = self._memory(now.numel() * now.element_size(), now.device).view(now.dtype)
         candidate = row.as_strided(now.shape, dense_strides(now))
-        self._line.write([self.factor], [now], [candidate.unsqueeze(0)], [index])
+        self._line.write_one(self.factor, now, candidate, index)
         return candidate
 
     def _memory(self, size: int, device: torch.device) -> Tensor:

@@ -30,6 +30,7 @@ __all__ = [
     "stack_candidates",
     "stack_gradient_candidates",
     "stacked_sgd_step",
+    "write_candidate",
 ]
 
 MAX_ROWS = 64
@@ -75,6 +76,34 @@ def stack_candidates(
         operator = overload("stack_candidates", choose(device.type, backend))
         operator(rows.align(prev[i] for i in indices), rows.align(now[i] for i in indices), factors, rows.dense)
         rows.copy_back()
+
+
+@torch.no_grad()
+def write_candidate(
+    prev: Tensor, now: Tensor, factor: float, out: Tensor, *, backend: str | None = None
+) -> None:
+    """Write one tensor of one candidate: :func:`stack_candidates` where little else may be done.
+
+    Args:
+        prev: ``[*shape]``.
+        now: a tensor like it.
+        factor: what the step is scaled by.
+        out: a tensor like them, written in place.
+        backend: as in :func:`stack_candidates`.
+
+    Example:
+        >>> out = torch.empty(2)
+        >>> write_candidate(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 3.0]), 2.0, out)
+        >>> out.tolist()
+        [2.0, 5.0]
+    """
+    strides = now.stride()
+    alike = prev.stride() == strides == out.stride() and prev.dtype == now.dtype == out.dtype
+    if alike and now.is_contiguous() and prev.shape == now.shape == out.shape and now.numel():
+        operator = overload("stack_candidates", choose(now.device.type, backend))
+        operator([prev], [now], [factor], [out.unsqueeze(0)])
+    else:
+        stack_candidates([prev], [now], [factor], [out.unsqueeze(0)], backend=backend)
 
 
 @torch.no_grad()
