@@ -1,7 +1,7 @@
 """Finds the learning rate while a PyTorch training runs."""
 
 from .candidates import Line
-from .evaluators import EVALUATORS, Auto, Evaluator, EvaluatorError, InPlace, Stacked
+from .evaluators import EVALUATORS, Auto, Evaluator, EvaluatorError, Folded, InPlace, Stacked, Streamed
 from .isolation import Closure, ClosureError, Isolation
 from .probe import Probe
 from .scheduler import AutoLR
@@ -18,11 +18,13 @@ __all__ = [
     "ClosureError",
     "Evaluator",
     "EvaluatorError",
+    "Folded",
     "InPlace",
     "Isolation",
     "Line",
     "Probe",
     "Stacked",
+    "Streamed",
     "__version__",
 ]
 

@@ -102,14 +102,11 @@ class _ModuleState:
     """What a module holds itself: its attributes, buffers among them, and the values of those that are tensors."""
 
     def __init__(self, module: nn.Module):
-        self._dicts = [(live, dict(live)) for live in (module.__dict__, module._buffers)]
+        dicts = (module.__dict__, module._buffers)  # the latter of a scripted module is none
+        self._dicts = [(live, dict(live)) for live in dicts if isinstance(live, dict)]
         self._flags = [(parameter, parameter.requires_grad) for parameter in module.parameters(recurse=False)]
-        tensors = {
-            id(value): value
-            for _, saved in self._dicts
-            for value in saved.values()
-            if isinstance(value, Tensor) and _is_writable(value)
-        }
+        held = (*module.__dict__.values(), *module.buffers(recurse=False))
+        tensors = {id(value): value for value in held if isinstance(value, Tensor) and _is_writable(value)}
         self._values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
 
     @torch.no_grad()

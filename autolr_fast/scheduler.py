@@ -59,9 +59,9 @@ class AutoLR(LRScheduler):
             The logarithm of each factor is scaled by it too, so that the level does not climb against it.
         min_lr: lowest learning rate of any param group, annealing included.
         max_lr: highest learning rate of any param group.
-        evaluator: ``"auto"`` (stacked, or in place with one warning), ``"inplace"``, ``"stacked"``, or an
-            :class:`~autolr_fast.Evaluator` such as ``Stacked(max_memory=2**30)``. One asked for by name never
-            falls back.
+        evaluator: ``"auto"`` (the fastest here, see :class:`~autolr_fast.Auto`), ``"streamed"``, ``"folded"``,
+            ``"stacked"``, ``"inplace"``, or an :class:`~autolr_fast.Evaluator` such as
+            ``Stacked(max_memory=2**30)``. One asked for by name never falls back.
         process_group: the ranks whose losses are averaged before scoring; ``None`` is the default group, where
             ``torch.distributed`` is initialised.
 
@@ -175,7 +175,7 @@ class AutoLR(LRScheduler):
             >>> model = nn.Linear(4, 1)
             >>> AutoLR.paper(torch.optim.SGD(model.parameters(), lr=0.005), model)  # doctest: +NORMALIZE_WHITESPACE
             AutoLR(lr=[0.005], factors=(2.0, 1.0, 0.5), every=1, window=1, direction='step', calibrate=0,
-            total_steps=None, evaluator='stacked')
+            total_steps=None, evaluator='auto')
         """
         setting: dict[str, Any] = {"every": 1, "window": 1, "calibrate": 0}
         return cls(optimizer, model, **{**setting, **overrides})
@@ -296,7 +296,7 @@ class AutoLR(LRScheduler):
             f"AutoLR(lr=[{lrs}], factors={self.factors}, every={self._cadence.every}, "
             f"window={windows[0] if len(windows) == 1 else windows}, direction={self.direction!r}, "
             f"calibrate={self._cadence.calibrate}, total_steps={self.total_steps}, "
-            f"evaluator={self.evaluator.name!r})"
+            f"evaluator={self.evaluator!r})"
         )
 
     def _probe(self, closure: Closure, window: int, now: int) -> None:

@@ -2,57 +2,149 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..candidates import Line
 from ..isolation import Closure
-from .base import Evaluator
+from .base import Evaluator, EvaluatorError
+from .folded import Folded
 from .inplace import InPlace
 from .stacked import Stacked
+from .streamed import Streamed
 
 __all__ = ["Auto"]
 
 
 class Auto(Evaluator):
-    """:class:`Stacked` as long as it works; from its first failure on :class:`InPlace`, with one warning."""
+    """The fastest evaluator that serves the model, measured at the first call; on failure :class:`InPlace`.
+
+    The first call evaluates the same candidates by each of them: :class:`Streamed`, :class:`Folded`,
+    :class:`InPlace`, :class:`Stacked`, in the order of the memory they need, and a later one must be a tenth
+    faster. Batching is not tried if the candidates take longer than a second one after another.
+
+    Nothing is measured under :func:`torch.use_deterministic_algorithms`, since a batched forward rounds
+    differently, nor on several ranks, which must all do the same: :class:`Streamed` runs then, or
+    :class:`InPlace` if that cannot serve.
+    """
+
+    _FASTER = 0.9
+    _TOO_LONG = 1.0  # seconds
 
     def __init__(self) -> None:
-        self._chosen: Evaluator = Stacked()
+        self._chosen: Evaluator | None = None
+        self._why = ""
 
     @property
     def name(self) -> str:
-        """Name of the evaluator that runs."""
-        return self._chosen.name
+        """Name of the evaluator that runs; ``"auto"`` until one is chosen."""
+        return self._chosen.name if self._chosen else "auto"
+
+    def __repr__(self) -> str:
+        return f"{self.name!r}{self._why and f' (auto: {self._why})'}"
 
     def losses(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
         """Return the losses, [N]; see :meth:`Evaluator.losses`."""
+        if self._chosen is None:
+            return self._choose(model, line, factors, closure)
         if isinstance(self._chosen, InPlace):
             return self._chosen.losses(model, line, factors, closure)
         try:
             return self._chosen.losses(model, line, factors, closure)
         except RuntimeError as error:  # another kind is the closure's own
-            # As text: the exception holds the frames of the failed forward, and with them its memory.
-            cause = getattr(error, "reason", f"{type(error).__name__}: {error}")
-        in_place = InPlace()
-        losses = in_place.losses(model, line, factors, closure)  # a closure at fault raises again, here
-        warnings.warn(
-            f"AutoLR evaluates the candidates one after another, since batching them failed: {cause}. "
-            "Pass evaluator='inplace' to choose that and silence this.",
-            UserWarning,
-            stacklevel=2,
-        )
-        self._chosen = in_place
-        return losses
+            cause = _text(error)
+        return self._fall_back(model, line, factors, closure, f"evaluator {self.name!r} failed: {cause}")
 
     def state(self) -> dict[str, Any]:
         """Return the choice and its state: a resumed run must not choose anew."""
-        return {"name": self.name, "state": self._chosen.state()}
+        return {"name": self.name, "why": self._why, "state": self._chosen.state() if self._chosen else {}}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over the choice."""
-        self._chosen = InPlace() if state["name"] == "inplace" else Stacked()
-        self._chosen.load(state["state"])
+        kinds = {"streamed": Streamed, "folded": Folded, "inplace": InPlace, "stacked": Stacked}
+        self._why = state["why"]
+        self._chosen = kinds[state["name"]]() if state["name"] in kinds else None
+        if self._chosen:
+            self._chosen.load(state["state"])
+
+    def _choose(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
+        streamed = Streamed()
+        try:
+            losses = streamed.losses(model, line, factors, closure)
+        except EvaluatorError as error:
+            cause = _text(error)
+        else:
+            self._chosen = streamed
+            if torch.are_deterministic_algorithms_enabled():
+                self._why = "not measured under deterministic algorithms"
+            elif dist.is_available() and dist.is_initialized():
+                self._why = "not measured on several ranks"
+            else:
+                self._measure(model, line, factors, closure)
+            return losses
+        return self._fall_back(model, line, factors, closure, f"{cause}")
+
+    def _measure(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> None:
+        """Replace the choice, which serves, by a faster one."""
+        assert self._chosen is not None
+        fastest = _seconds(self._chosen, model, line, factors, closure)
+        seen = {self.name: f"{1e3 * fastest:.3g} ms"}
+        refused = {}
+        for evaluator in (Folded(), InPlace(), Stacked()):
+            batches = not isinstance(evaluator, InPlace)
+            if batches and fastest > self._TOO_LONG:
+                continue
+            try:
+                evaluator.losses(model, line, factors, closure)  # checks the model, and warms up
+                seconds = _seconds(evaluator, model, line, factors, closure)
+            except RuntimeError as error:
+                refused[evaluator.name] = _text(error)
+                continue
+            seen[evaluator.name] = f"{1e3 * seconds:.3g} ms"
+            if seconds < self._FASTER * fastest:
+                self._chosen, fastest = evaluator, seconds
+        self._why = ", ".join(f"{name} {time}" for name, time in seen.items())
+        if len(refused) == 2:
+            self._warn(f"batching them failed: {refused['folded']}", "streamed")
+
+    def _fall_back(
+        self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure, cause: str
+    ) -> Tensor:
+        in_place = InPlace()
+        losses = in_place.losses(model, line, factors, closure)  # a closure at fault raises again, here
+        self._warn(cause, "inplace")
+        self._chosen, self._why = in_place, cause
+        return losses
+
+    def _warn(self, cause: str, instead: str) -> None:
+        warnings.warn(
+            f"AutoLR evaluates the candidates one after another, since {cause}. Pass evaluator={instead!r} to choose "
+            "that and silence this.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _seconds(
+    evaluator: Evaluator, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure
+) -> float:
+    """Return how long the evaluator takes once it is warm."""
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        evaluator.losses(model, line, factors, closure).tolist()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+        if best > 0.1:
+            break
+    return best
+
+
+def _text(error: RuntimeError) -> str:
+    # The exception holds the frames of the failed forward, and with them its memory.
+    return str(getattr(error, "reason", f"{type(error).__name__}: {error}"))

@@ -43,6 +43,9 @@ class Evaluator(ABC):
     def name(self) -> str:
         """The evaluator that runs, by the name ``AutoLR(evaluator=...)`` takes."""
 
+    def __repr__(self) -> str:
+        return repr(self.name)
+
     @abstractmethod
     def losses(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
         """Return the loss of each candidate.

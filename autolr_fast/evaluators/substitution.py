@@ -77,7 +77,7 @@ def is_metadata(func: Callable[..., Any]) -> bool:
     return func in _METADATA
 
 
-def check_reach(evaluator: str, model: nn.Module, line: Line, closure: Closure) -> None:
+def check_reach(evaluator: str, model: nn.Module, line: Line, closure: Closure) -> list[Tensor]:
     """Run the closure once and see that it uses the parameters only where :class:`Substitution` can replace them.
 
     Args:
@@ -86,6 +86,9 @@ def check_reach(evaluator: str, model: nn.Module, line: Line, closure: Closure) 
         line: has the parameters.
         closure: returns the scalar loss.
 
+    Returns:
+        The buffers that the forward changed in place.
+
     Raises:
         EvaluatorError: if it does not.
     """
@@ -93,9 +96,17 @@ def check_reach(evaluator: str, model: nn.Module, line: Line, closure: Closure) 
         raise EvaluatorError(evaluator, model, "its parameters are sharded over ranks")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     watch = _Watch(line.parameters)
-    with Isolation(model) as isolation:
-        with run_eagerly():
-            loss = isolation.run(closure, within=watch)
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    changed: list[Tensor] = []
+
+    def watched() -> Tensor:
+        with watch:
+            loss = closure()
+        changed.extend(buffer for buffer, value in before if not _is_same(buffer, value))
+        return loss
+
+    with Isolation(model) as isolation, run_eagerly():
+        loss = isolation.run(watched)
         if watch.trouble is not None:
             parameter, what = watch.trouble
             raise EvaluatorError(evaluator, model, f"the forward {what} parameter {names[id(parameter)]!r}")
@@ -105,6 +116,7 @@ def check_reach(evaluator: str, model: nn.Module, line: Line, closure: Closure) 
                 raise EvaluatorError(
                     evaluator, model, f"parameter {names[id(parameter)]!r} is used where no torch function is given it"
                 )
+    return changed
 
 
 @contextmanager
@@ -150,7 +162,11 @@ def _is_unused(parameter: nn.Parameter, loss: Tensor, isolation: Isolation, clos
         other = isolation.run(closure)
     finally:
         live.copy_(saved)
-    return torch.equal(other, loss) or bool(other.isnan() and loss.isnan())
+    return _is_same(other, loss)
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _writes_first(func: Callable[..., Any]) -> bool:

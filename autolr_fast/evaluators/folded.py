@@ -1,0 +1,159 @@
+"""Candidates folded into the batch: operations linear in their parameters need no candidate's weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..candidates import Line
+from . import folding
+from .batched import Batched
+from .substitution import Substitution
+
+__all__ = ["Folded"]
+
+
+class Folded(Batched):
+    """One batched forward without N sets of weights: ``op(x, now + c * step) = op(x, now) + c * op(x, step)``.
+
+    Linear layers, convolutions and embeddings whose input is still the same for all candidates run twice, not N
+    times; later ones take each candidate's weights for that operation alone. See
+    :mod:`autolr_fast.evaluators.folding` for the rules. Extra memory: N times the largest parameter and the
+    activations of N forwards.
+    """
+
+    @property
+    def name(self) -> str:
+        """``"folded"``."""
+        return "folded"
+
+    def _first_chunk(self, line: Line) -> int:
+        return sys.maxsize
+
+    def _operands(self, line: Line, factors: Sequence[float]) -> list[Tensor]:
+        return [torch.tensor(line.coefficients(factors), device=line.parameters[0].device)]
+
+    def _substitution(
+        self, line: Line, operands: Sequence[Tensor], buffers: Sequence[Tensor], rows: Sequence[Tensor]
+    ) -> Substitution:
+        return _Folding(line, operands[0], buffers, rows)
+
+
+class _Folding(Substitution):
+    """Splits the operations that it has a rule for, and gives the others candidates ``now + c * direction``."""
+
+    def __init__(self, line: Line, coefficient: Tensor, buffers: Sequence[Tensor], rows: Sequence[Tensor]):
+        super().__init__([*line.parameters, *buffers], self._candidate)
+        self._line = line
+        self._coefficient = coefficient
+        self._rows = rows
+
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        rule = _RULES.get(func)
+        if rule is not None:
+            result = rule(self, *args, **kwargs)
+            if result is not None:
+                return result
+        return super().call(func, args, kwargs)
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return a parameter as it is now and its direction; ``None`` if it is none of the line's."""
+        index = self._index.get(id(tensor))
+        if index is None or index >= len(self._line.parameters):
+            return None
+        now = tensor.detach()
+        return now, self._line.direction(index, now)
+
+    def coefficient(self, like: Tensor) -> Tensor:
+        """Return c in the dtype and on the device of a tensor, 0-dim."""
+        return self._coefficient.to(like.device, like.dtype)
+
+    def _candidate(self, index: int) -> Tensor:
+        first = len(self._line.parameters)
+        if index >= first:
+            return self._rows[index - first]
+        now = self._tensors[index].detach()
+        return now + self.coefficient(now) * self._line.direction(index, now)
+
+
+def _linear(mode: _Folding, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    return _affine(mode, folding.linear, input, weight, bias)
+
+
+def _conv(dimensions: int) -> Callable[..., Tensor | None]:
+    def rule(
+        mode: _Folding,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor | None:
+        if isinstance(padding, str) or input.dim() != dimensions + 2:
+            return None
+        sizes = [
+            [size] * dimensions if isinstance(size, int) else list(size) for size in (stride, padding, dilation)
+        ]
+        return _affine(mode, folding.convolution, input, weight, bias, *sizes, groups)
+
+    return rule
+
+
+def _affine(
+    mode: _Folding, operator: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> Tensor | None:
+    # Autocast chooses dtypes by function, and knows its own.
+    split = None if torch.is_autocast_enabled(weight.device.type) else mode.split(weight)
+    if split is None or mode.split(input) is not None:
+        return None
+    bias_now, bias_direction = bias, None
+    if bias is not None and (split_bias := mode.split(bias)) is not None:
+        bias_now, bias_direction = split_bias
+    return operator(input, mode.coefficient(split[0]), *split, bias_now, bias_direction, *rest)
+
+
+def _matmul(mode: _Folding, input: Tensor, other: Tensor) -> Tensor | None:
+    if other.dim() != 2 or input.dim() < 2 or torch.is_autocast_enabled(other.device.type):
+        return None
+    split = mode.split(other)
+    if split is None or mode.split(input) is not None:
+        return None
+    now, direction = split
+    return folding.linear(input, mode.coefficient(now), now.t(), direction.t(), None, None)
+
+
+def _embedding(
+    mode: _Folding,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *rest: Any,
+    **kwargs: Any,
+) -> Tensor | None:
+    split = mode.split(weight)
+    if split is None or max_norm is not None:
+        return None
+    now, step = (F.embedding(input, tensor, padding_idx, None, *rest, **kwargs) for tensor in split)
+    return now + mode.coefficient(now) * step
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    F.conv1d: _conv(1),
+    F.conv2d: _conv(2),
+    F.conv3d: _conv(3),
+    F.embedding: _embedding,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.mm: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+}

@@ -1,0 +1,128 @@
+"""Operators that are linear in their parameters, for one candidate ``now + c * direction`` or for a batch of them.
+
+``torch.library`` operators ``autolr_fast::folded_*``; what they do for N candidates is their vmap rule:
+
+- The input is the same for all candidates: twice the operation, ``op(x, now)`` and ``op(x, direction)``.
+- The inputs differ, and each has few rows: the same, with N times as many rows. No weights are made.
+- The inputs differ, and have many rows: twice the operations would cost more than the weights of N candidates,
+  which are made for this operation alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["FEW_ROWS", "convolution", "linear"]
+
+FEW_ROWS = 32
+"""Up to as many rows a candidate, doubling the operations costs less than writing and reading weights."""
+
+torch.library.define(
+    "autolr_fast::folded_linear",
+    "(Tensor x, Tensor c, Tensor now, Tensor direction, Tensor? bias, Tensor? bias_direction) -> Tensor",
+)
+torch.library.define(
+    "autolr_fast::folded_convolution",
+    "(Tensor x, Tensor c, Tensor now, Tensor direction, Tensor? bias, Tensor? bias_direction, "
+    "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+)
+linear = torch.ops.autolr_fast.folded_linear.default
+"""``F.linear`` of x [*, in] with now, direction [out, in], bias, bias_direction [out], c []; returns [*, out]."""
+convolution = torch.ops.autolr_fast.folded_convolution.default
+"""``F.conv1d``, ``2d`` or ``3d`` of x [B, in, *] with now, direction [out, in / groups, *], the rest as in ``linear``."""
+
+
+@torch.library.impl("autolr_fast::folded_linear", "CompositeExplicitAutograd")
+def _linear(
+    x: Tensor, c: Tensor, now: Tensor, direction: Tensor, bias: Tensor | None, bias_direction: Tensor | None
+) -> Tensor:
+    return F.linear(x, now + c * direction, _at(bias, bias_direction, c))
+
+
+@torch.library.impl("autolr_fast::folded_convolution", "CompositeExplicitAutograd")
+def _convolution(
+    x: Tensor,
+    c: Tensor,
+    now: Tensor,
+    direction: Tensor,
+    bias: Tensor | None,
+    bias_direction: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    return _convolve(x, now + c * direction, _at(bias, bias_direction, c), *rest)
+
+
+@torch.library.register_vmap("autolr_fast::folded_linear")
+def _batched_linear(
+    info: Any,
+    in_dims: Sequence[int | None],
+    x: Tensor,
+    c: Tensor,
+    now: Tensor,
+    direction: Tensor,
+    bias: Tensor | None,
+    bias_direction: Tensor | None,
+) -> tuple[Tensor, int]:
+    if in_dims[0] is None:
+        return _sum(F.linear(x, now, bias), F.linear(x, direction, bias_direction), c), 0
+    x = x.movedim(in_dims[0], 0)
+    rows = x.reshape(len(x), -1, x.shape[-1])  # [N, R, in]
+    if rows.shape[1] <= FEW_ROWS:
+        step = F.linear(rows, direction, bias_direction)
+        out = torch.addcmul(F.linear(rows, now, bias), step, c.view(-1, 1, 1))
+    else:
+        weights = torch.addcmul(now, direction, c.view(-1, 1, 1)).transpose(1, 2)  # [N, in, out]
+        if bias is None:
+            out = torch.bmm(rows, weights)
+        else:
+            biases = bias if bias_direction is None else _sum(bias, bias_direction, c).unsqueeze(1)
+            out = torch.baddbmm(biases, rows, weights)
+    return out.view(*x.shape[:-1], -1), 0
+
+
+@torch.library.register_vmap("autolr_fast::folded_convolution")
+def _batched_convolution(
+    info: Any,
+    in_dims: Sequence[int | None],
+    x: Tensor,
+    c: Tensor,
+    now: Tensor,
+    direction: Tensor,
+    bias: Tensor | None,
+    bias_direction: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, int]:
+    if in_dims[0] is None:
+        return _sum(_convolve(x, now, bias, *rest), _convolve(x, direction, bias_direction, *rest), c), 0
+    # N dense convolutions: one over N groups has slow kernels on every device.
+    out = [
+        _convolve(one, torch.addcmul(now, direction, own), _at(bias, bias_direction, own), *rest)
+        for one, own in zip(x.unbind(in_dims[0]), c.unbind(0), strict=True)
+    ]
+    return torch.stack(out), 0
+
+
+def _sum(now: Tensor, step: Tensor, c: Tensor) -> Tensor:
+    """Return ``now + c * step`` for every c, [N, *shape]."""
+    return torch.addcmul(now, step, c.view(-1, *[1] * now.dim()))
+
+
+def _at(now: Tensor | None, direction: Tensor | None, c: Tensor) -> Tensor | None:
+    return now if now is None or direction is None else torch.addcmul(now, direction, c)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
