@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from . import ops
 from .annealing import Annealing, resolve_annealing
 from .calibration import Look, is_unseen, search, steady_state
-from .candidates import GradientLine, Line, StepLine, candidate_parameters, live_rows
+from .candidates import GradientLine, Line, candidate_parameters, live_rows
 from .distributed import ProcessGroup, is_sharded, mean_over_ranks
 from .evaluators import Evaluator, resolve_evaluator
 from .isolation import Closure, check_repeatable
@@ -301,12 +301,13 @@ class AutoLR(LRScheduler):
 
     def _probe(self, closure: Closure, window: int, now: int) -> None:
         parameters = candidate_parameters(self.model, self.optimizer)
-        line: Line
+        line: Line | None
         if self.direction == "gradient":
             line = GradientLine(self.model, self.optimizer, closure, self.process_group)
-        elif prev := self._snapshots.before_window(window):
-            line = StepLine(prev, {parameter: name for name, parameter in parameters.items()}, window)
         else:
+            names = {parameter: name for name, parameter in parameters.items()}
+            line = self._snapshots.line(self.optimizer, window, names)
+        if line is None:
             return
         lr_before = self._rates.current()
         if self._searched or now > self._cadence.calibrate:
@@ -380,6 +381,7 @@ class AutoLR(LRScheduler):
         if line.window and ratio != 1.0:
             rows = live_rows(line.parameters)
             line.write([ratio], [row[0].clone() for row in rows], rows)
+            self._snapshots.retake(ratio)
         self._rates.set_level(taken * ratio * steady_state(self.optimizer, self._snapshots.warm))
         self._searched = True
         return rounds, seen._replace(factor=torch.full_like(seen.factor, ratio))

@@ -1,16 +1,18 @@
-"""Which optimizer steps are probed, and the parameters from before them."""
+"""Which optimizer steps are probed, and what is kept from before them."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .candidates import Line, StepLine
 from .isolation import REMEDY, ClosureError
+from .reconstruction import StateLine, needs_gradients, sample, tells
 
 __all__ = ["Cadence", "Snapshots"]
 
@@ -25,8 +27,8 @@ class Cadence:
         >>> cadence = Cadence(every=10, calibrate=3, windows=(1, 2))
         >>> {step: window for step in range(1, 41) if (window := cadence.window_at(step))}
         {1: 1, 2: 2, 3: 1, 10: 2, 20: 1, 30: 2, 40: 1}
-        >>> [step for step in range(40) if cadence.wants_snapshot(step)]
-        [0, 2, 8, 19, 28, 39]
+        >>> {step: windows for step in range(40) if (windows := cadence.windows_from(step))}
+        {0: [1, 2], 2: [1], 8: [2], 19: [1], 28: [2], 39: [1]}
     """
 
     every: int | None
@@ -43,18 +45,26 @@ class Cadence:
             return None
         return min(self.windows[turn % len(self.windows)], step)
 
-    def wants_snapshot(self, step: int, now: int | None = None) -> bool:
-        """Whether a probe after ``now`` (default: ``step``) starts from the parameters after ``step`` steps."""
+    def windows_from(self, step: int, now: int | None = None) -> list[int]:
+        """Return the windows of the probes after ``now`` (default: ``step``) that open after ``step`` steps."""
         first = step + 1 if now is None else now + 1
-        return any(self.window_at(m) == m - step for m in range(first, step + max(self.windows) + 1))
+        return [m - step for m in range(first, step + max(self.windows) + 1) if self.window_at(m) == m - step]
+
+
+class Snapshot(NamedTuple):
+    """Parameter -> its value, or only :func:`~autolr_fast.reconstruction.sample` of it."""
+
+    values: dict[nn.Parameter, Tensor]
+    sampled: bool
 
 
 class Snapshots:
-    """Counts the real steps of an optimizer and keeps the parameters a later probe starts from.
+    """Counts the real steps of an optimizer and keeps what the line of a later probe needs.
 
     A snapshot is taken just before the optimizer step that opens a window and dropped once no probe needs it,
-    so that between probes there is none. A step that a GradScaler skips, also inside a fused optimizer, is not
-    counted.
+    so that between probes there is none. Where the optimizer's state tells its last steps, samples are enough: they
+    show whether it did. If not, that probe is left out, and whole parameters are kept from then on. A step that a
+    GradScaler skips, also inside a fused optimizer, is not counted.
 
     Args:
         optimizer: its step hooks are used; they go when this object goes.
@@ -71,7 +81,10 @@ class Snapshots:
         self.warm = False
         self.probing = False
         self._cadence = cadence
-        self._taken: dict[int, dict[nn.Parameter, Tensor]] = {}
+        self._taken: dict[int, Snapshot] = {}
+        self._lrs: list[list[float]] = []  # of each param group in each of the last steps, where samples may do
+        self._moved: set[nn.Parameter] = set()  # what had a gradient at the last step
+        self._state_tells = True
         # The optimizer must not keep its scheduler alive.
         this = weakref.ref(self)
 
@@ -89,43 +102,80 @@ class Snapshots:
         ):
             weakref.finalize(self, handle.remove)
 
-    def before_window(self, window: int) -> dict[nn.Parameter, Tensor] | None:
-        """Return parameter -> value before the last ``window`` steps, or ``None`` if it was not kept."""
-        return self._taken.get(self.steps - window)
+    def line(self, optimizer: torch.optim.Optimizer, window: int, names: Mapping[nn.Parameter, str]) -> Line | None:
+        """Return the line over the last ``window`` steps, or ``None`` if it is not known.
+
+        Args:
+            optimizer: the one whose steps are counted.
+            window: of a probe that is due.
+            names: of all parameters, for errors.
+
+        Raises:
+            RuntimeError: if a parameter changed its shape, dtype or device within the window.
+        """
+        taken = self._taken.get(self.steps - window)
+        if taken is None:
+            return None
+        line: Line | None = None if taken.sampled else StepLine(taken.values, names, window)
+        if self._state_tells and tells(optimizer, window):
+            told = StateLine(optimizer, self._lrs, window, list(taken.values), self._moved)
+            before = taken.values.items()
+            self._state_tells = told.agrees({p: value if taken.sampled else sample(value) for p, value in before})
+            line = line or (told if self._state_tells else None)
+        return line
+
+    def retake(self, ratio: float) -> None:
+        """Note that the last step was taken again at ``ratio`` times its learning rate."""
+        if self._lrs:
+            self._lrs[-1] = [ratio * lr for lr in self._lrs[-1]]
 
     def drop_used(self) -> None:
         """Drop what no probe after the current step needs."""
         self._taken = {
-            step: taken for step, taken in self._taken.items() if self._cadence.wants_snapshot(step, now=self.steps)
+            step: taken for step, taken in self._taken.items() if self._cadence.windows_from(step, now=self.steps)
         }
 
-    def state(self, parameters: Sequence[nn.Parameter]) -> dict[int, list[Tensor | None]]:
-        """Return the open windows: step -> the value of each parameter, ``None`` where it has none."""
-        return {step: [taken.get(p) for p in parameters] for step, taken in self._taken.items()}
+    def state(self, parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
+        """Return what is kept: the open windows, with the value of each parameter, ``None`` where it has none."""
+        return {
+            "taken": {
+                step: {"sampled": taken.sampled, "values": [taken.values.get(p) for p in parameters]}
+                for step, taken in self._taken.items()
+            },
+            "lrs": [list(lrs) for lrs in self._lrs],
+            "state_tells": self._state_tells,
+        }
 
-    def load(self, steps: int, state: dict[int, list[Tensor | None]], parameters: Sequence[nn.Parameter]) -> None:
-        """Take over a count and the open windows that :meth:`state` returned for the same parameters.
+    def load(self, steps: int, state: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
+        """Take over a count and what :meth:`state` returned for the same parameters.
 
         Raises:
-            ValueError: if they are of other parameters; nothing is taken over then.
+            ValueError: if it is of other parameters; nothing is taken over then.
         """
-        for values in state.values():
-            shapes = [None if value is None else value.shape for value in values]
+        for taken in state["taken"].values():
+            values = taken["values"]
             if len(values) != len(parameters) or any(
-                shape not in (None, parameter.shape) for shape, parameter in zip(shapes, parameters, strict=True)
+                value is not None
+                and value.shape != (sample(parameter).shape if taken["sampled"] else parameter.shape)
+                for value, parameter in zip(values, parameters, strict=True)
             ):
                 raise ValueError(
                     f"state_dict has the snapshot of {len(values)} parameters and the optimizer {len(parameters)}, "
                     "or their shapes differ: load it for the model and the optimizer that it was saved with"
                 )
         self.steps = steps
+        self._lrs = [list(lrs) for lrs in state["lrs"]]
+        self._state_tells = state["state_tells"]
         self._taken = {
-            int(step): {
-                parameter: value.to(parameter.device, copy=True)
-                for parameter, value in zip(parameters, values, strict=True)
-                if value is not None
-            }
-            for step, values in state.items()
+            int(step): Snapshot(
+                {
+                    parameter: value.to(parameter.device, copy=True)
+                    for parameter, value in zip(parameters, taken["values"], strict=True)
+                    if value is not None
+                },
+                taken["sampled"],
+            )
+            for step, taken in state["taken"].items()
         }
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -134,16 +184,27 @@ class Snapshots:
         if self.steps == 0:
             self.warm = any(state.get("momentum_buffer") is not None for state in optimizer.state.values())
         self.drop_used()
-        if self._cadence.wants_snapshot(self.steps):
-            self._taken[self.steps] = {
-                parameter: parameter.detach().clone()
-                for group in optimizer.param_groups
-                for parameter in group["params"]
+        lrs = [group["lr"] for group in optimizer.param_groups]
+        if self._state_tells and not any(isinstance(lr, Tensor) for lr in lrs):
+            self._lrs = [*self._lrs, lrs][-max(self._cadence.windows) :]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if windows := self._cadence.windows_from(self.steps):
+            sampled = self._state_tells and all(tells(optimizer, window) for window in windows)
+            # The probe of the first step must not be left out.
+            sampled = sampled and not (self.steps == 0 and 1 in windows and needs_gradients(optimizer, 1))
+            values = {
+                parameter: sample(parameter) if sampled else parameter.detach().clone()
+                for parameter in parameters
                 if parameter.requires_grad or parameter.grad is not None
             }
+            self._taken[self.steps] = Snapshot(values, sampled)
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Fused optimizers are called by a GradScaler even if it found an inf, and skip the step inside.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not bool(found_inf):
             self.steps += 1
+            groups = optimizer.param_groups
+            self._moved = {parameter for group in groups for parameter in group["params"] if parameter.grad is not None}
+        else:
+            del self._lrs[-1:]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR, ClosureError, InPlace, Probe, reference
+from autolr_fast.reconstruction import tells
 
 from .helpers import (
     MODELS,
@@ -105,9 +106,10 @@ def test_every_optimizer(name, window):
         if step % 2 == 0:
             used = min(windows[(step // 2) % len(windows)], step)
             expected = losses_of_copies(model, history[step - used], FACTORS_3, loss_of)
-            assert scheduler.last_probe.losses.tolist() == expected
+            losses = scheduler.last_probe.losses.tolist()
+            assert losses == (pytest.approx(expected, rel=1e-5) if tells(optimizer, used) else expected)
             assert scheduler.last_probe.window == used
-            wanted = [-loss for loss in expected] if kwargs.get("maximize") else expected
+            wanted = [-loss for loss in losses] if kwargs.get("maximize") else losses
             assert optimizer.param_groups[0]["lr"] == pytest.approx(reference.next_lr(wanted, lr, FACTORS_3))
         else:
             assert optimizer.param_groups[0]["lr"] == lr
@@ -123,8 +125,10 @@ def test_annealing_scales_rate_and_log_factor():
     for step in range(1, 20):
         previous = parameters_of(model)
         train_step(model, optimizer, loss_of)
-        losses = losses_of_copies(model, previous, FACTORS_3, loss_of)
+        expected = losses_of_copies(model, previous, FACTORS_3, loss_of)
         scheduler.step(lambda: loss_of(model))
+        losses = scheduler.last_probe.losses.tolist()
+        assert losses == pytest.approx(expected, rel=1e-6)
         multiplier = (1 + math.cos(math.pi * step / 20)) / 2
         level = source_lr(losses, level, FACTORS_3, multiplier)
         assert scheduler.level[0] == pytest.approx(level, rel=1e-9)
@@ -262,7 +266,7 @@ def test_accumulation_and_clipping():
         scheduler.step(lambda: loss_of(model))
         if micro % 3 == 0:
             expected = losses_of_copies(model, previous, FACTORS_3, loss_of)
-            assert scheduler.last_probe.losses.tolist() == expected
+            assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-6)
         probes.append(scheduler.last_epoch)
     assert probes == [0, 0, 1, 1, 1, 2, 2, 2, 3]
 
@@ -398,7 +402,7 @@ def test_state_dict_is_small_and_plain():
         "last_epoch", "optimizer_steps", "probed_step", "searched", "warm",
         "base_lrs", "level", "evaluator", "snapshots",
     }  # fmt: skip
-    assert state["snapshots"] == {}
+    assert state["snapshots"]["taken"] == {}
     file = io.BytesIO()
     torch.save(state, file)
     assert file.tell() < 3000
@@ -414,10 +418,11 @@ def test_load_state_dict_refuses_what_is_not_its_own():
     with pytest.raises(TypeError, match="state_dict=None"):
         scheduler.load_state_dict(None)
     in_place = AutoLR(sgd(model), model, evaluator="inplace").state_dict()
-    with pytest.raises(ValueError, match="'stacked' has .* same evaluator"):
+    with pytest.raises(ValueError, match="of an evaluator with the state .* same evaluator"):
         scheduler.load_state_dict(in_place)
     with pytest.raises(ValueError, match="snapshot of 1 parameters and the optimizer 4"):
-        scheduler.load_state_dict({**before, "snapshots": {0: [torch.ones(2)]}})
+        taken = {0: {"sampled": False, "values": [torch.ones(2)]}}
+        scheduler.load_state_dict({**before, "snapshots": {**before["snapshots"], "taken": taken}})
     assert scheduler.state_dict() == before
     with pytest.raises(ValueError, match=r"keys \['lr'\]"):
         scheduler.load_state_dict({"lr": 1})
@@ -537,7 +542,8 @@ def test_optimizer_that_takes_a_closure():
         previous = parameters_of(model)
         optimizer.step(training_closure)
         scheduler.step(lambda: loss_of(model))
-        assert scheduler.last_probe.losses.tolist() == losses_of_copies(model, previous, FACTORS_3, loss_of)
+        expected = losses_of_copies(model, previous, FACTORS_3, loss_of)
+        assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -585,7 +591,7 @@ def test_compiled_model_and_step():
         ({"max_lr": None}, ValueError, "max_lr=None"),
         ({"factors": (4, 2)}, ValueError, "one way only"),
         ({"max_lr": 0.01}, ValueError, "lr=0.1 of param group 0 is outside"),
-        ({"evaluator": "quick"}, ValueError, "use one of 'auto', 'inplace', 'stacked'"),
+        ({"evaluator": "quick"}, ValueError, "use one of 'auto', 'folded', 'inplace', 'stacked', 'streamed'"),
         ({"model": mlp()}, ValueError, "not a parameter of the model"),
         ({"model": None}, TypeError, "model=None: expected the nn.Module"),
         ({"optimizer": lambda: None}, TypeError, "the closure goes to step"),
@@ -760,7 +766,7 @@ def test_repr_and_preset():
     model = mlp()
     text = repr(AutoLR(sgd(model), model))
     assert "lr=[0.1]" in text
-    assert "every=10, window=(1, 2), direction='step', calibrate=20, total_steps=None, evaluator='stacked'" in text
+    assert "every=10, window=(1, 2), direction='step', calibrate=20, total_steps=None, evaluator='auto'" in text
     assert "every=1, window=1, direction='step', calibrate=0" in repr(AutoLR.paper(sgd(model), model))
     assert "every=4" in repr(AutoLR.paper(sgd(model), model, every=4))
 
