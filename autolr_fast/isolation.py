@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -56,6 +58,7 @@ class Isolation:
         self._modules = [_ModuleState(module) for module in self._model.modules()]
         self._random = [(restore, state()) for state, restore in _random_streams()]
         self._gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
+        self._frozen = _copy_of_frozen(self._model)
         for parameter, _ in self._gradients:
             parameter.grad = None
         reshard(self._model)
@@ -94,38 +97,76 @@ class Isolation:
             torch.clear_autocast_cache()
             for module in self._modules:
                 module.restore()
+            for parameter, value in self._frozen:
+                parameter.detach().copy_(value)
             # A forward without a backward leaves whole parameters behind, and they would serve the next forward.
             reshard(self._model)
 
 
 class _ModuleState:
-    """What a module holds itself: its attributes, buffers among them, and the values of those that are tensors."""
+    """What a module holds itself: attributes, also in lists and dicts, and the values of those that are tensors."""
 
     def __init__(self, module: nn.Module):
-        dicts = (module.__dict__, module._buffers)  # the latter of a scripted module is none
-        self._dicts = [(live, dict(live)) for live in dicts if isinstance(live, dict)]
-        self._flags = [(parameter, parameter.requires_grad) for parameter in module.parameters(recurse=False)]
-        held = (*module.__dict__.values(), *module.buffers(recurse=False))
-        tensors = {id(value): value for value in held if isinstance(value, Tensor) and _is_writable(value)}
+        # The dicts of a scripted module are none.
+        held = (module.__dict__, module._buffers, module._parameters, *vars(module).values())
+        self._containers = [
+            (live, type(live)(live))
+            for name, live in zip(("", "", "", *vars(module)), held, strict=True)
+            if type(live) in _CONTAINERS and name not in _TORCHS_OWN
+        ]
+        self._parameters = [
+            (parameter, parameter.requires_grad, parameter.data) for parameter in module.parameters(recurse=False)
+        ]
+        values = [*module.buffers(recurse=False)]
+        for _, saved in self._containers:
+            values += saved.values() if isinstance(saved, dict) else saved
+        tensors = {id(value): value for value in values if isinstance(value, Tensor) and _is_writable(value)}
         self._values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for live, saved in self._dicts:
-            if live.keys() != saved.keys() or any(live[name] is not saved[name] for name in saved):
+        for live, saved in self._containers:
+            if not _is_same(live, saved):
                 live.clear()
-                live.update(saved)
-        for parameter, flag in self._flags:
+                live.update(saved) if isinstance(live, dict) else live.extend(saved)
+        for parameter, flag, data in self._parameters:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
         for tensor, value in self._values:
             tensor.copy_(value)
 
 
+_CONTAINERS = (dict, OrderedDict, list, deque)
+_TORCHS_OWN = frozenset(vars(nn.Module()))
+
+
+def _is_same(live: Any, saved: Any) -> bool:
+    if isinstance(live, dict):
+        return live.keys() == saved.keys() and all(live[name] is saved[name] for name in saved)
+    return len(live) == len(saved) and all(map(operator.is_, live, saved))
+
+
 def _is_writable(tensor: Tensor) -> bool:
-    """Whether in-place operations take the tensor; one that they refuse does not change."""
+    """Whether in-place operations take the tensor; one that they refuse does not change. Parameters are not asked."""
+    if isinstance(tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return False
     expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return not expanded and not tensor.is_inference()
+
+
+def _copy_of_frozen(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the frozen parameters and their values, as a momentum encoder may change them in the forward.
+
+    A model of which little is trained, such as one with adapters, has none and could not afford the copy.
+    """
+    parameters = list(model.parameters())
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    if sum(parameter.numel() for parameter in frozen) > trained:
+        return []
+    return [(parameter, parameter.detach().clone()) for parameter in frozen]
 
 
 def check_repeatable(model: nn.Module, closure: Closure) -> None:

@@ -205,6 +205,8 @@ class Snapshots:
         if found_inf is None or not bool(found_inf):
             self.steps += 1
             groups = optimizer.param_groups
-            self._moved = {parameter for group in groups for parameter in group["params"] if parameter.grad is not None}
+            self._moved = {
+                parameter for group in groups for parameter in group["params"] if parameter.grad is not None
+            }
         else:
             del self._lrs[-1:]

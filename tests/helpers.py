@@ -1,10 +1,13 @@
 """Models, batches and the independent loops that the tests compare with."""
 
 import copy
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from autolr_fast.evaluators import EvaluatorError, resolve_evaluator
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.05}),
@@ -176,7 +179,7 @@ def everything(model, optimizer):
     state += [p.grad for p in model.parameters() if p.grad is not None]
     for entry in optimizer.state.values():
         state += [value for value in entry.values() if isinstance(value, torch.Tensor)]
-    return [tensor.detach().clone() for tensor in state]
+    return [(tensor.to_dense() if tensor.is_sparse else tensor).detach().clone() for tensor in state]
 
 
 def assert_same(before, after):
@@ -185,3 +188,28 @@ def assert_same(before, after):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
         assert torch.equal(a, b)
+
+
+def refusal_of(name, *, model, optimizer, line, loss_of, expected, rtol=1e-4, exact=True):
+    """Why the evaluator of that name refuses the model; None if its losses are the expected ones.
+
+    ``expected`` is factor -> loss. Candidates that are evaluated alone are right bitwise (if ``exact``), batched ones
+    to rounding. Nothing changes either way.
+    """
+    evaluator = resolve_evaluator(name)
+    before = everything(model, optimizer)
+    losses = reason = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # a model may warn of itself
+        try:
+            losses = evaluator.losses(model, line, list(expected), lambda: loss_of(model)).double().tolist()
+        except EvaluatorError as error:
+            reason = error.reason
+    assert_same(before, everything(model, optimizer))
+    fallbacks = [warning for warning in caught if str(warning.message).startswith("AutoLR")]
+    assert len(fallbacks) <= (name == "auto")
+    if losses is not None:
+        exact = exact and evaluator.name in ("inplace", "streamed")
+        tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": rtol, "atol": 1e-6}
+        torch.testing.assert_close(losses, list(expected.values()), equal_nan=True, **tolerance)
+    return reason

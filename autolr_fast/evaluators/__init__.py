@@ -7,9 +7,25 @@ from .inplace import InPlace
 from .stacked import Stacked
 from .streamed import Streamed
 
-__all__ = ["EVALUATORS", "Auto", "Evaluator", "EvaluatorError", "Folded", "InPlace", "Stacked", "Streamed", "resolve_evaluator"]
+__all__ = [
+    "EVALUATORS",
+    "Auto",
+    "Evaluator",
+    "EvaluatorError",
+    "Folded",
+    "InPlace",
+    "Stacked",
+    "Streamed",
+    "resolve_evaluator",
+]
 
-EVALUATORS: dict[str, type[Evaluator]] = {"auto": Auto, "folded": Folded, "inplace": InPlace, "stacked": Stacked, "streamed": Streamed}
+EVALUATORS: dict[str, type[Evaluator]] = {
+    "auto": Auto,
+    "folded": Folded,
+    "inplace": InPlace,
+    "stacked": Stacked,
+    "streamed": Streamed,
+}
 
 
 def resolve_evaluator(evaluator: str | Evaluator) -> Evaluator:

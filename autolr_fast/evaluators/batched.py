@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..candidates import Line
 from ..isolation import Closure, Isolation, scalar_loss
 from .base import Evaluator, EvaluatorError
-from .streamed import Streamed
-from .substitution import check_reach, run_eagerly
+from .streamed import check_reach, stream
+from .substitution import run_eagerly
 
 __all__ = ["Batched"]
 
@@ -24,8 +24,8 @@ __all__ = ["Batched"]
 class Batched(Evaluator):
     """``vmap`` of the closure over candidates: all of them, or a chunk that memory allows.
 
-    The first time a model is seen, its losses at two scrambled sets of weights are compared with those of
-    :class:`Streamed`, so that an operation that vmap treats differently is noticed.
+    The first time a model is seen, its losses at two scrambled sets of weights are compared with those one after
+    another, so that an operation that vmap treats differently is noticed.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Batched(Evaluator):
     def _compare(self, model: nn.Module, line: Line, closure: Closure) -> None:
         scrambled = _ScrambledLine(line)
         # One after another first: what is the closure's own fault raises as itself.
-        expected = Streamed().losses(model, scrambled, (1.0, 2.0), closure)
+        expected = stream(model, scrambled, (1.0, 2.0), closure)
         try:
             batched = self._in_chunks(model, scrambled, (1.0, 2.0), closure).double()
         except Exception as error:

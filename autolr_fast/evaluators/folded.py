@@ -48,7 +48,7 @@ class _Folding(Substitution):
     """Splits the operations that it has a rule for, and gives the others candidates ``now + c * direction``."""
 
     def __init__(self, line: Line, coefficient: Tensor, buffers: Sequence[Tensor], rows: Sequence[Tensor]):
-        super().__init__([*line.parameters, *buffers], self._candidate)
+        super().__init__([*line.parameters, *buffers])
         self._line = line
         self._coefficient = coefficient
         self._rows = rows
@@ -73,7 +73,7 @@ class _Folding(Substitution):
         """Return c in the dtype and on the device of a tensor, 0-dim."""
         return self._coefficient.to(like.device, like.dtype)
 
-    def _candidate(self, index: int) -> Tensor:
+    def stand_in(self, index: int) -> Tensor:
         first = len(self._line.parameters)
         if index >= first:
             return self._rows[index - first]

@@ -58,10 +58,21 @@ class Stacked(Batched):
     def _substitution(
         self, line: Line, operands: Sequence[Tensor], buffers: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> Substitution:
-        return Substitution([*line.parameters, *buffers], [*operands, *rows].__getitem__)
+        return _Rows([*line.parameters, *buffers], [*operands, *rows])
 
     def _release(self) -> None:
         self._buffer = None
+
+
+class _Rows(Substitution):
+    """Puts one tensor in the place of each."""
+
+    def __init__(self, tensors: Sequence[Tensor], rows: Sequence[Tensor]):
+        super().__init__(tensors)
+        self._rows = rows
+
+    def stand_in(self, index: int) -> Tensor:
+        return self._rows[index]
 
 
 def _free_memory(device: torch.device) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import weakref
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +18,7 @@ from ..distributed import is_sharded
 from ..isolation import Closure, Isolation
 from .base import EvaluatorError
 
-__all__ = ["Substitution", "check_reach", "run_eagerly"]
+__all__ = ["Substitution", "run_eagerly", "storage_of", "watch"]
 
 # What a tensor tells of itself that is not its values. No stand-in is made for that.
 _METADATA = frozenset({
@@ -39,17 +41,23 @@ class Substitution(TorchFunctionMode):
 
     Args:
         tensors: parameters and buffers to be replaced.
-        stand_in: called at every use.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], stand_in: Callable[[int], Tensor]):
+    def __init__(self, tensors: Sequence[Tensor]):
         super().__init__()
         self._tensors = tensors  # alive, so that their ids stay theirs
         self._index = {id(tensor): index for index, tensor in enumerate(tensors)}
-        self._stand_in = stand_in
+
+    @abstractmethod
+    def stand_in(self, index: int) -> Tensor:
+        """Return what takes the place of a tensor; called at every use."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if is_metadata(func):
@@ -64,7 +72,7 @@ class Substitution(TorchFunctionMode):
         """Return the stand-in of a tensor, of those in a list or tuple, or the value itself."""
         index = self._index.get(id(value))
         if index is not None:
-            return self._stand_in(index)
+            return self.stand_in(index)
         if type(value) in (list, tuple):
             return type(value)(map(self.replace, value))
         return value
@@ -77,8 +85,8 @@ def is_metadata(func: Callable[..., Any]) -> bool:
     return func in _METADATA
 
 
-def check_reach(evaluator: str, model: nn.Module, line: Line, closure: Closure) -> list[Tensor]:
-    """Run the closure once and see that it uses the parameters only where :class:`Substitution` can replace them.
+def watch(evaluator: str, model: nn.Module, line: Line, closure: Closure) -> list[Tensor]:
+    """Run the closure once and look for uses of the parameters that a stand-in could not serve.
 
     Args:
         evaluator: its name, for the error.
@@ -90,33 +98,31 @@ def check_reach(evaluator: str, model: nn.Module, line: Line, closure: Closure) 
         The buffers that the forward changed in place.
 
     Raises:
-        EvaluatorError: if it does not.
+        EvaluatorError: if there is one.
     """
     if is_sharded(model):
         raise EvaluatorError(evaluator, model, "its parameters are sharded over ranks")
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    watch = _Watch(line.parameters)
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    mode = _Watch(line.parameters)
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.layout == torch.strided]
     changed: list[Tensor] = []
 
     def watched() -> Tensor:
-        with watch:
+        with mode:
             loss = closure()
         changed.extend(buffer for buffer, value in before if not _is_same(buffer, value))
         return loss
 
     with Isolation(model) as isolation, run_eagerly():
-        loss = isolation.run(watched)
-        if watch.trouble is not None:
-            parameter, what = watch.trouble
-            raise EvaluatorError(evaluator, model, f"the forward {what} parameter {names[id(parameter)]!r}")
-        # A parameter that was not seen must not matter.
-        for parameter in line.parameters:
-            if id(parameter) not in watch.seen and not _is_unused(parameter, loss, isolation, closure):
-                raise EvaluatorError(
-                    evaluator, model, f"parameter {names[id(parameter)]!r} is used where no torch function is given it"
-                )
+        isolation.run(watched)
+    if mode.trouble is not None:
+        parameter, what = mode.trouble
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        raise EvaluatorError(evaluator, model, f"the forward {what} parameter {names[id(parameter)]!r}")
     return changed
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 @contextmanager
@@ -130,49 +136,52 @@ def run_eagerly() -> Iterator[None]:
 
 
 class _Watch(Substitution):
-    """Substitutes copies, and notes which parameters are used and the first use that a stand-in would not do for."""
+    """Substitutes copies, and notes the first use that a stand-in would not do for."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
-        super().__init__(parameters, self._copy)
-        self._storages = {_storage(parameter): parameter for parameter in parameters if parameter.numel()}
-        self.seen: set[int] = set()
+        super().__init__(parameters)
+        self._storages = {storage_of(parameter): parameter for parameter in parameters if parameter.numel()}
+        # Tensors with the memory of a copy: what is written to them is lost, as is the copy.
+        self._copies: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._owners: dict[int, Tensor] = {}
         self.trouble: tuple[Tensor, str] | None = None
 
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        written = [args[0]] if args and _writes_first(func) else []
-        written += [kwargs["out"]] if "out" in kwargs else []
         for tensor in _tensors((*args, *kwargs.values())):
-            if id(tensor) not in self._index and (owner := self._storages.get(_storage(tensor))) is not None:
-                self.trouble = self.trouble or (owner, "uses a second tensor with the memory of")
-        for tensor in _tensors(written):
-            if id(tensor) in self._index:
-                self.trouble = self.trouble or (tensor, "changes")
-        return super().call(func, args, kwargs)
+            if id(tensor) not in self._index and (owner := self._storages.get(storage_of(tensor) or 0)) is not None:
+                self._note(owner, "uses a second tensor with the memory of")
+            elif id(tensor) in self._index and func == torch.Tensor.data.__set__:
+                self._note(tensor, "changes")
+        args = list(map(self.replace, args))
+        kwargs = {name: self.replace(value) for name, value in kwargs.items()}
+        copies = [tensor for tensor in _tensors((*args, *kwargs.values())) if id(tensor) in self._copies]
+        versions = [_version(copy) for copy in copies]
+        result = func(*args, **kwargs)
+        owners = {storage_of(copy): self._owners[id(copy)] for copy in copies}
+        for copy, version in zip(copies, versions, strict=True):
+            if _version(copy) != version:
+                self._note(self._owners[id(copy)], "changes")
+        for tensor in _tensors((result,)) if copies else ():
+            if (owner := owners.get(storage_of(tensor))) is not None:
+                self._keep(tensor, owner)
+        return result
 
-    def _copy(self, index: int) -> Tensor:
-        self.seen.add(id(self._tensors[index]))
-        return self._tensors[index].detach().clone()
+    def _note(self, parameter: Tensor, what: str) -> None:
+        self.trouble = self.trouble or (parameter, what)
+
+    def stand_in(self, index: int) -> Tensor:
+        parameter = self._tensors[index]
+        copy = parameter.detach().clone()
+        self._keep(copy, parameter)
+        return copy
+
+    def _keep(self, copy: Tensor, owner: Tensor) -> None:
+        self._copies[id(copy)] = copy
+        self._owners[id(copy)] = owner
 
 
-def _is_unused(parameter: nn.Parameter, loss: Tensor, isolation: Isolation, closure: Closure) -> bool:
-    live = parameter.detach()
-    saved = live.clone()
-    try:
-        live.add_(live.abs().mean().nan_to_num() + 0.5)
-        other = isolation.run(closure)
-    finally:
-        live.copy_(saved)
-    return _is_same(other, loss)
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def _writes_first(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # those of inference mode count no writes
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -183,8 +192,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int | None:
+    """Return the address of a tensor's memory; ``None`` if that is not strided, or not for Python to know."""
+    if tensor.layout != torch.strided:
+        return None
     try:
         return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # not strided memory: sparse, batched, a wrapper
-        return 0
+    except (RuntimeError, NotImplementedError):  # a tensor inside vmap or grad
+        return None

@@ -79,9 +79,7 @@ def stack_candidates(
 
 
 @torch.no_grad()
-def write_candidate(
-    prev: Tensor, now: Tensor, factor: float, out: Tensor, *, backend: str | None = None
-) -> None:
+def write_candidate(prev: Tensor, now: Tensor, factor: float, out: Tensor, *, backend: str | None = None) -> None:
     """Write one tensor of one candidate: :func:`stack_candidates` where little else may be done.
 
     Args:
