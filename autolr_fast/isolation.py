@@ -149,8 +149,8 @@ def _is_same(live: Any, saved: Any) -> bool:
 
 
 def _is_writable(tensor: Tensor) -> bool:
-    """Whether in-place operations take the tensor; one that they refuse does not change. Parameters are not asked."""
-    if isinstance(tensor, nn.Parameter) or tensor.layout != torch.strided:
+    """Whether in-place operations take the tensor; one that they refuse does not change."""
+    if isinstance(tensor, nn.Parameter) or tensor.layout != torch.strided:  # parameters are kept elsewhere
         return False
     expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return not expanded and not tensor.is_inference()

@@ -193,8 +193,8 @@ def assert_same(before, after):
 def refusal_of(name, *, model, optimizer, line, loss_of, expected, rtol=1e-4, exact=True):
     """Why the evaluator of that name refuses the model; None if its losses are the expected ones.
 
-    ``expected`` is factor -> loss. Candidates that are evaluated alone are right bitwise (if ``exact``), batched ones
-    to rounding. Nothing changes either way.
+    ``expected`` is factor -> loss. Candidates that are evaluated alone are right bitwise (if ``exact``), batched
+    ones to rounding. Nothing changes either way.
     """
     evaluator = resolve_evaluator(name)
     before = everything(model, optimizer)

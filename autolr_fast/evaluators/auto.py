@@ -67,9 +67,9 @@ class Auto(Evaluator):
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over the choice."""
-        kinds = {"streamed": Streamed, "folded": Folded, "inplace": InPlace, "stacked": Stacked}
+        kinds = {kind.name: kind for kind in (Streamed(), Folded(), InPlace(), Stacked())}
         self._why = state["why"]
-        self._chosen = kinds[state["name"]]() if state["name"] in kinds else None
+        self._chosen = kinds.get(state["name"])
         if self._chosen:
             self._chosen.load(state["state"])
 
@@ -124,8 +124,8 @@ class Auto(Evaluator):
 
     def _warn(self, cause: str, instead: str) -> None:
         warnings.warn(
-            f"AutoLR evaluates the candidates one after another, since {cause}. Pass evaluator={instead!r} to choose "
-            "that and silence this.",
+            f"AutoLR evaluates the candidates one after another, since {cause}. Pass evaluator={instead!r} to "
+            "choose that and silence this.",
             UserWarning,
             stacklevel=2,
         )

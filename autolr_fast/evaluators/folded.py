@@ -126,7 +126,8 @@ def _matmul(mode: _Folding, input: Tensor, other: Tensor) -> Tensor | None:
     if split is None or mode.split(input) is not None:
         return None
     now, direction = split
-    return folding.linear(input, mode.coefficient(now), now.t(), direction.t(), None, None)
+    out: Tensor = folding.linear(input, mode.coefficient(now), now.t(), direction.t(), None, None)
+    return out
 
 
 def _embedding(

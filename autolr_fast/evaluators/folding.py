@@ -34,7 +34,7 @@ torch.library.define(
 linear = torch.ops.autolr_fast.folded_linear.default
 """``F.linear`` of x [*, in] with now, direction [out, in], bias, bias_direction [out], c []; returns [*, out]."""
 convolution = torch.ops.autolr_fast.folded_convolution.default
-"""``F.conv1d``, ``2d`` or ``3d`` of x [B, in, *] with now, direction [out, in / groups, *], the rest as in ``linear``."""
+"""``F.conv1d``, ``2d`` or ``3d`` of x [B, in, *] with weights [out, in / groups, *]; the rest as in ``linear``."""
 
 
 @torch.library.impl("autolr_fast::folded_linear", "CompositeExplicitAutograd")
@@ -57,7 +57,7 @@ def _convolution(
     return _convolve(x, now + c * direction, _at(bias, bias_direction, c), *rest)
 
 
-@torch.library.register_vmap("autolr_fast::folded_linear")
+@torch.library.register_vmap("autolr_fast::folded_linear")  # type: ignore[untyped-decorator]
 def _batched_linear(
     info: Any,
     in_dims: Sequence[int | None],
@@ -85,7 +85,7 @@ def _batched_linear(
     return out.view(*x.shape[:-1], -1), 0
 
 
-@torch.library.register_vmap("autolr_fast::folded_convolution")
+@torch.library.register_vmap("autolr_fast::folded_convolution")  # type: ignore[untyped-decorator]
 def _batched_convolution(
     info: Any,
     in_dims: Sequence[int | None],

@@ -22,10 +22,10 @@ class Streamed(Evaluator):
     """Runs the closure once a candidate, and makes each parameter of it at every use, in scratch memory.
 
     The losses are bit for bit those of :class:`InPlace`, but for layers with a fused path that torch takes outside
-    of torch-function modes alone (attention in eval mode: to rounding). The live parameters are not written to. Extra memory:
-    the largest operands of one operation. Time: N forwards. The first time a model is seen, three more
-    forwards check that it uses its parameters only through torch functions, and in none that changes them. Modules
-    and functions compiled by ``torch.compile`` run as the Python they were made from.
+    of torch-function modes alone (attention in eval mode: to rounding). The live parameters are not written to.
+    Extra memory: the largest operands of one operation. Time: N forwards. The first time a model is seen, three
+    more forwards check that it uses its parameters only through torch functions, and in none that changes them.
+    Modules and functions compiled by ``torch.compile`` run as the Python they were made from.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ def stream(model: nn.Module, line: Line, factors: Sequence[float], closure: Clos
 
 @torch.no_grad()
 def check_reach(evaluator: str, model: nn.Module, line: Line, closure: Closure) -> list[Tensor]:
-    """See that stand-ins serve the model: at other weights, the loss is that of the same weights in the model itself.
+    """See that stand-ins serve: at other weights, the loss is that of the same weights in the model itself.
 
     Args:
         evaluator: its name, for the error.

@@ -31,6 +31,7 @@ _METADATA = frozenset({
 # Attributes that are made of a tensor's values; all others are metadata too.
 _VALUES = frozenset(vars(torch.Tensor).get(name) or getattr(torch.Tensor, name)
                     for name in ("data", "T", "mT", "H", "mH", "real", "imag"))  # fmt: skip
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class Substitution(TorchFunctionMode):
@@ -150,7 +151,7 @@ class _Watch(Substitution):
         for tensor in _tensors((*args, *kwargs.values())):
             if id(tensor) not in self._index and (owner := self._storages.get(storage_of(tensor) or 0)) is not None:
                 self._note(owner, "uses a second tensor with the memory of")
-            elif id(tensor) in self._index and func == torch.Tensor.data.__set__:
+            elif id(tensor) in self._index and func == _SET_DATA:
                 self._note(tensor, "changes")
         args = list(map(self.replace, args))
         kwargs = {name: self.replace(value) for name, value in kwargs.items()}
@@ -162,8 +163,8 @@ class _Watch(Substitution):
             if _version(copy) != version:
                 self._note(self._owners[id(copy)], "changes")
         for tensor in _tensors((result,)) if copies else ():
-            if (owner := owners.get(storage_of(tensor))) is not None:
-                self._keep(tensor, owner)
+            if (source := owners.get(storage_of(tensor))) is not None:
+                self._keep(tensor, source)
         return result
 
     def _note(self, parameter: Tensor, what: str) -> None:
