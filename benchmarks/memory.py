@@ -1,0 +1,161 @@
+"""How much memory a probe takes: ``python -m benchmarks.memory`` writes ``results/memory.md``.
+
+Every row is measured in a process of its own: on a GPU, where there is one, by torch's count of what is allocated,
+on a CPU by the resident memory of the process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from cpuinfo import get_cpu_info
+
+from autolr_fast import EVALUATORS, FACTORS_7, AutoLR, EvaluatorError
+
+from .baselines import BASELINES
+from .problems import SEED, Problem, make_problem
+from .report import write
+
+__all__ = ["main", "measure"]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODELS = ("wide mlp", "resnet18")
+FACTORS = FACTORS_7
+TRAININGS = ("plain training", "training with AutoLR(evaluator='streamed')")
+_STEPS = 6
+_STATM, _CLEAR = Path("/proc/self/statm"), Path("/proc/self/clear_refs")
+_RESETS = os.access(_CLEAR, os.W_OK)
+
+
+def main() -> None:
+    """Measure all rows, and write them."""
+    rows = []
+    # Blocks must go back to the system when they are freed: the resident memory would not tell otherwise.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    for model in MODELS:
+        for what in ("snapshot", *EVALUATORS, *BASELINES, *TRAININGS):
+            command = [sys.executable, "-m", "benchmarks.memory", model, what]
+            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            rows.append(json.loads(done.stdout))
+            print(*(f"{name}={value}" for name, value in rows[-1].items() if name not in _about()))
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    write("memory", get_cpu_info(), date, rows)
+
+
+def measure(model: str, what: str) -> dict[str, Any]:
+    """Measure one row in this process.
+
+    Args:
+        model: a name in :data:`~benchmarks.problems.PROBLEMS`.
+        what: ``"snapshot"``, an evaluator, a baseline or a training.
+
+    Returns:
+        Sizes in units of the parameters: of a probe ``first``, ``later`` and ``kept``; of a training its ``peak``;
+        a ``reason`` instead, if the evaluator refuses.
+    """
+    problem = make_problem(model, DEVICE)
+    size = sum(now.numel() * now.element_size() for now in problem.now)
+    row = {"model": model, "what": what, "parameter_bytes": size, "n": len(FACTORS), **_about()}
+    problem.forwards(2)
+    if what == "snapshot":
+        taken: list[list[torch.Tensor]] = []
+        seen = watch(lambda: taken.append([p.detach().clone() for p in problem.model.parameters()]))
+        return {**row, "kept": (seen.after - seen.before) / size}
+    if what in TRAININGS:
+        seen = watch(lambda: train(problem, probing=what != TRAININGS[0]))
+        return {**row, "peak": (seen.peak - seen.before) / size}
+
+    run, evaluator = (lambda: BASELINES[what](problem, FACTORS)), None
+    if what in EVALUATORS:
+        evaluator, line = EVALUATORS[what](), problem.line()
+        run = lambda: evaluator.losses(problem.model, line, FACTORS, problem.closure).tolist()  # noqa: E731
+    plain = watch(lambda: problem.forwards(len(FACTORS)))
+    try:
+        first = watch(run)
+    except EvaluatorError as error:
+        return {**row, "reason": error.reason}
+    later = watch(run)
+    return {
+        **row,
+        "ran": evaluator.name if evaluator else what,
+        "first": (first.peak - plain.peak) / size,
+        "later": (later.peak - plain.peak) / size,
+        "kept": (later.after - plain.after) / size,
+    }
+
+
+class Seen(NamedTuple):
+    """Bytes in use before and after a call, and the most within it."""
+
+    before: int
+    peak: int
+    after: int
+
+
+def watch(run: Callable[[], Any]) -> Seen:
+    """Run something and say what memory it took."""
+    gc.collect()
+    before = _in_use()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif _RESETS:
+        _CLEAR.write_text("5", encoding="utf-8")  # the high-water mark goes down to what is in use
+    run()
+    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else _high_water()
+    gc.collect()
+    return Seen(before, peak, _in_use())
+
+
+def train(problem: Problem, probing: bool) -> None:
+    """Train a few steps, most of them probed if AutoLR is there."""
+    scheduler = None
+    if probing:
+        scheduler = AutoLR(problem.optimizer, problem.model, every=2, calibrate=3, evaluator="streamed")
+    for _ in range(_STEPS):
+        problem.train()
+        if scheduler:
+            scheduler.step(problem.closure)
+
+
+def _in_use() -> int:
+    if DEVICE == "cuda":
+        return torch.cuda.memory_allocated()
+    return int(_STATM.read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
+
+
+def _high_water() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _about() -> dict[str, Any]:
+    counted = "allocated by torch" if DEVICE == "cuda" else "resident"
+    if DEVICE == "cpu" and not _RESETS:
+        counted += (
+            "; /proc/self/clear_refs cannot be written, so that peaks below that of a training step are unseen"
+        )
+    return {
+        "memory": counted,
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "seed": SEED,
+    }
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    else:
+        warnings.simplefilter("ignore")  # auto says what it cannot use
+        print(json.dumps(measure(*sys.argv[1:])))

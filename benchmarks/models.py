@@ -1,0 +1,67 @@
+"""The networks that are measured, besides the demo's and ResNet-18."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["CharacterTransformer", "mlp", "wide_mlp"]
+
+
+def mlp() -> nn.Sequential:
+    """Return a perceptron, [B, 512] -> logits [B, 16]; 201,232 parameters."""
+    return nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 16))
+
+
+def wide_mlp(width: int = 2048, layers: int = 12) -> nn.Sequential:
+    """Return a perceptron next to whose parameters its activations are nothing, [B, width] -> [B, width].
+
+    50,356,224 parameters.
+    """
+    return nn.Sequential(*(module for _ in range(layers) for module in (nn.Linear(width, width), nn.ReLU())))
+
+
+class CharacterTransformer(nn.Module):
+    """A decoder-only transformer with layer norm before each part; 10.7 M parameters for 65 characters.
+
+    Args:
+        characters: size of the vocabulary.
+        width: of the residual stream.
+        layers: number of blocks.
+        heads: of the attention.
+        context: longest sequence.
+    """
+
+    def __init__(self, characters: int, width: int = 384, layers: int = 6, heads: int = 6, context: int = 128):
+        super().__init__()
+        self.characters = nn.Embedding(characters, width)
+        self.positions = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, characters, bias=False)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Return logits [B, T, characters] of text [B, T]."""
+        positions = torch.arange(text.shape[1], device=text.device)
+        return self.head(self.norm(self.blocks(self.characters(text) + self.positions(positions))))
+
+
+class Block(nn.Module):
+    """Causal attention and a perceptron, [B, T, width] -> [B, T, width]."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with what the block adds to it."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
