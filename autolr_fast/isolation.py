@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import random
 import sys
 from collections import OrderedDict, deque
@@ -110,7 +109,7 @@ class _ModuleState:
         # The dicts of a scripted module are none.
         held = (module.__dict__, module._buffers, module._parameters, *vars(module).values())
         self._containers = [
-            (live, type(live)(live))
+            (live, type(live)(live), _identity(live))
             for name, live in zip(("", "", "", *vars(module)), held, strict=True)
             if type(live) in _CONTAINERS and name not in _TORCHS_OWN
         ]
@@ -118,15 +117,15 @@ class _ModuleState:
             (parameter, parameter.requires_grad, parameter.data) for parameter in module.parameters(recurse=False)
         ]
         values = [*module.buffers(recurse=False)]
-        for _, saved in self._containers:
+        for _, saved, _ in self._containers:
             values += saved.values() if isinstance(saved, dict) else saved
         tensors = {id(value): value for value in values if isinstance(value, Tensor) and _is_writable(value)}
         self._values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for live, saved in self._containers:
-            if not _is_same(live, saved):
+        for live, saved, identity in self._containers:
+            if _identity(live) != identity:
                 live.clear()
                 live.update(saved) if isinstance(live, dict) else live.extend(saved)
         for parameter, flag, data in self._parameters:
@@ -142,10 +141,11 @@ _CONTAINERS = (dict, OrderedDict, list, deque)
 _TORCHS_OWN = frozenset(vars(nn.Module()))
 
 
-def _is_same(live: Any, saved: Any) -> bool:
-    if isinstance(live, dict):
-        return live.keys() == saved.keys() and all(live[name] is saved[name] for name in saved)
-    return len(live) == len(saved) and all(map(operator.is_, live, saved))
+def _identity(container: Any) -> tuple[Any, ...]:
+    """Return what tells whether a container holds the same objects, while they are alive."""
+    if isinstance(container, dict):
+        return (*container, *map(id, container.values()))
+    return tuple(map(id, container))
 
 
 def _is_writable(tensor: Tensor) -> bool:

@@ -119,6 +119,28 @@ def _affine(
     return operator(input, mode.coefficient(split[0]), *split, bias_now, bias_direction, *rest)
 
 
+def _batch_norm(
+    mode: _Folding,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if not training or mode.split(input) is not None:
+        return None
+    # Running statistics play no part in the output, and are put back after a candidate.
+    pairs = [(value, None) if value is None else mode.split(value) or (value, None) for value in (weight, bias)]
+    (now, direction), (bias_now, bias_direction) = pairs
+    out: Tensor = folding.batch_norm(
+        input, mode.coefficient(input), now, direction, bias_now, bias_direction, eps
+    )
+    return out
+
+
 def _matmul(mode: _Folding, input: Tensor, other: Tensor) -> Tensor | None:
     if other.dim() != 2 or input.dim() < 2 or torch.is_autocast_enabled(other.device.type):
         return None
@@ -151,6 +173,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.conv1d: _conv(1),
     F.conv2d: _conv(2),
     F.conv3d: _conv(3),
+    F.batch_norm: _batch_norm,
     F.embedding: _embedding,
     torch.matmul: _matmul,
     torch.mm: _matmul,

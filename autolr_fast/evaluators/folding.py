@@ -1,6 +1,7 @@
-"""Operators that are linear in their parameters, for one candidate ``now + c * direction`` or for a batch of them.
+"""Layers at one candidate ``now + c * direction`` of their parameters, or at a batch of them.
 
-``torch.library`` operators ``autolr_fast::folded_*``; what they do for N candidates is their vmap rule:
+``torch.library`` operators ``autolr_fast::folded_*``; what they do for N candidates is their vmap rule. Of linear
+layers and convolutions:
 
 - The input is the same for all candidates: twice the operation, ``op(x, now)`` and ``op(x, direction)``.
 - The inputs differ, and each has few rows: the same, with N times as many rows. No weights are made.
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FEW_ROWS", "convolution", "linear"]
+__all__ = ["FEW_ROWS", "batch_norm", "convolution", "linear"]
 
 FEW_ROWS = 32
 """Up to as many rows a candidate, doubling the operations costs less than writing and reading weights."""
@@ -31,20 +32,24 @@ torch.library.define(
     "(Tensor x, Tensor c, Tensor now, Tensor direction, Tensor? bias, Tensor? bias_direction, "
     "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
 )
+torch.library.define(
+    "autolr_fast::folded_batch_norm",
+    "(Tensor x, Tensor c, Tensor? now, Tensor? direction, Tensor? bias, Tensor? bias_direction, float eps) -> Tensor",
+)
 linear = torch.ops.autolr_fast.folded_linear.default
 """``F.linear`` of x [*, in] with now, direction [out, in], bias, bias_direction [out], c []; returns [*, out]."""
 convolution = torch.ops.autolr_fast.folded_convolution.default
 """``F.conv1d``, ``2d`` or ``3d`` of x [B, in, *] with weights [out, in / groups, *]; the rest as in ``linear``."""
+batch_norm = torch.ops.autolr_fast.folded_batch_norm.default
+"""``F.batch_norm`` by the statistics of x [B, C, *] itself, with weights and biases [C]."""
 
 
-@torch.library.impl("autolr_fast::folded_linear", "CompositeExplicitAutograd")
 def _linear(
     x: Tensor, c: Tensor, now: Tensor, direction: Tensor, bias: Tensor | None, bias_direction: Tensor | None
 ) -> Tensor:
     return F.linear(x, now + c * direction, _at(bias, bias_direction, c))
 
 
-@torch.library.impl("autolr_fast::folded_convolution", "CompositeExplicitAutograd")
 def _convolution(
     x: Tensor,
     c: Tensor,
@@ -55,6 +60,22 @@ def _convolution(
     *rest: Any,
 ) -> Tensor:
     return _convolve(x, now + c * direction, _at(bias, bias_direction, c), *rest)
+
+
+def _batch_norm(
+    x: Tensor,
+    c: Tensor,
+    now: Tensor | None,
+    direction: Tensor | None,
+    bias: Tensor | None,
+    bias_direction: Tensor | None,
+    eps: float,
+) -> Tensor:
+    return F.batch_norm(x, None, None, _at(now, direction, c), _at(bias, bias_direction, c), True, 0.0, eps)
+
+
+for _name, _one in (("linear", _linear), ("convolution", _convolution), ("batch_norm", _batch_norm)):
+    torch.library.impl(f"autolr_fast::folded_{_name}", "CompositeExplicitAutograd", _one)
 
 
 @torch.library.register_vmap("autolr_fast::folded_linear")  # type: ignore[untyped-decorator]
@@ -103,6 +124,27 @@ def _batched_convolution(
     out = [
         _convolve(one, torch.addcmul(now, direction, own), _at(bias, bias_direction, own), *rest)
         for one, own in zip(x.unbind(in_dims[0]), c.unbind(0), strict=True)
+    ]
+    return torch.stack(out), 0
+
+
+@torch.library.register_vmap("autolr_fast::folded_batch_norm")  # type: ignore[untyped-decorator]
+def _batched_batch_norm(
+    info: Any,
+    in_dims: Sequence[int | None],
+    x: Tensor,
+    c: Tensor,
+    now: Tensor | None,
+    direction: Tensor | None,
+    bias: Tensor | None,
+    bias_direction: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, int]:
+    inputs = (x,) * info.batch_size if in_dims[0] is None else x.unbind(in_dims[0])
+    # One call each: over N times as many channels, the batch would have to move inside of them.
+    out = [
+        _batch_norm(one, own, now, direction, bias, bias_direction, eps)
+        for one, own in zip(inputs, c.unbind(0), strict=True)
     ]
     return torch.stack(out), 0
 
