@@ -114,9 +114,11 @@ class _ModuleState:
             if type(live) in _CONTAINERS and name not in _TORCHS_OWN
         ]
         self._parameters = [
-            (parameter, parameter.requires_grad, parameter.data) for parameter in module.parameters(recurse=False)
+            (parameter, parameter.requires_grad, parameter.data)
+            for parameter in module._parameters.values()
+            if parameter is not None
         ]
-        values = [*module.buffers(recurse=False)]
+        values = [*module._buffers.values()]
         for _, saved, _ in self._containers:
             values += saved.values() if isinstance(saved, dict) else saved
         tensors = {id(value): value for value in values if isinstance(value, Tensor) and _is_writable(value)}
@@ -152,7 +154,8 @@ def _is_writable(tensor: Tensor) -> bool:
     """Whether in-place operations take the tensor; one that they refuse does not change."""
     if isinstance(tensor, nn.Parameter) or tensor.layout != torch.strided:  # parameters are kept elsewhere
         return False
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    strides = tensor.stride()
+    expanded = 0 in strides and any(s == 0 and size > 1 for s, size in zip(strides, tensor.shape, strict=True))
     return not expanded and not tensor.is_inference()
 
 

@@ -121,10 +121,8 @@ def _batched_convolution(
     if in_dims[0] is None:
         return _sum(_convolve(x, now, bias, *rest), _convolve(x, direction, bias_direction, *rest), c), 0
     # N dense convolutions: one over N groups has slow kernels on every device.
-    out = [
-        _convolve(one, torch.addcmul(now, direction, own), _at(bias, bias_direction, own), *rest)
-        for one, own in zip(x.unbind(in_dims[0]), c.unbind(0), strict=True)
-    ]
+    weights, biases = _rows(now, direction, c), _rows(bias, bias_direction, c)
+    out = [_convolve(*one, *rest) for one in zip(x.unbind(in_dims[0]), weights, biases, strict=True)]
     return torch.stack(out), 0
 
 
@@ -142,9 +140,10 @@ def _batched_batch_norm(
 ) -> tuple[Tensor, int]:
     inputs = (x,) * info.batch_size if in_dims[0] is None else x.unbind(in_dims[0])
     # One call each: over N times as many channels, the batch would have to move inside of them.
+    weights, biases = _rows(now, direction, c), _rows(bias, bias_direction, c)
     out = [
-        _batch_norm(one, own, now, direction, bias, bias_direction, eps)
-        for one, own in zip(inputs, c.unbind(0), strict=True)
+        F.batch_norm(one, None, None, weight, own_bias, True, 0.0, eps)
+        for one, weight, own_bias in zip(inputs, weights, biases, strict=True)
     ]
     return torch.stack(out), 0
 
@@ -152,6 +151,13 @@ def _batched_batch_norm(
 def _sum(now: Tensor, step: Tensor, c: Tensor) -> Tensor:
     """Return ``now + c * step`` for every c, [N, *shape]."""
     return torch.addcmul(now, step, c.view(-1, *[1] * now.dim()))
+
+
+def _rows(now: Tensor | None, direction: Tensor | None, c: Tensor) -> Sequence[Tensor | None]:
+    """Return ``now + c * direction`` for every c, one by one."""
+    if now is None or direction is None:
+        return [now] * len(c)
+    return _sum(now, direction, c).unbind(0)
 
 
 def _at(now: Tensor | None, direction: Tensor | None, c: Tensor) -> Tensor | None:
