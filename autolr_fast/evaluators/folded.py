@@ -135,9 +135,7 @@ def _batch_norm(
     # Running statistics play no part in the output, and are put back after a candidate.
     pairs = [(value, None) if value is None else mode.split(value) or (value, None) for value in (weight, bias)]
     (now, direction), (bias_now, bias_direction) = pairs
-    out: Tensor = folding.batch_norm(
-        input, mode.coefficient(input), now, direction, bias_now, bias_direction, eps
-    )
+    out: Tensor = folding.batch_norm(input, mode.coefficient(input), now, direction, bias_now, bias_direction, eps)
     return out
 
 

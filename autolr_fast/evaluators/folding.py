@@ -34,7 +34,8 @@ torch.library.define(
 )
 torch.library.define(
     "autolr_fast::folded_batch_norm",
-    "(Tensor x, Tensor c, Tensor? now, Tensor? direction, Tensor? bias, Tensor? bias_direction, float eps) -> Tensor",
+    "(Tensor x, Tensor c, Tensor? now, Tensor? direction, Tensor? bias, Tensor? bias_direction, "
+    "float eps) -> Tensor",
 )
 linear = torch.ops.autolr_fast.folded_linear.default
 """``F.linear`` of x [*, in] with now, direction [out, in], bias, bias_direction [out], c []; returns [*, out]."""
@@ -121,8 +122,11 @@ def _batched_convolution(
     if in_dims[0] is None:
         return _sum(_convolve(x, now, bias, *rest), _convolve(x, direction, bias_direction, *rest), c), 0
     # N dense convolutions: one over N groups has slow kernels on every device.
-    weights, biases = _rows(now, direction, c), _rows(bias, bias_direction, c)
-    out = [_convolve(*one, *rest) for one in zip(x.unbind(in_dims[0]), weights, biases, strict=True)]
+    weights, biases = _sum(now, direction, c).unbind(0), _rows(bias, bias_direction, c)
+    out = [
+        _convolve(one, weight, own_bias, *rest)
+        for one, weight, own_bias in zip(x.unbind(in_dims[0]), weights, biases, strict=True)
+    ]
     return torch.stack(out), 0
 
 
