@@ -301,6 +301,7 @@ KERNELS = {
     "score": "_score_kernel",
 }
 TYPES = {torch.int32: "i32", torch.int64: "i64", torch.float32: "fp32", torch.float64: "fp64"}
+TYPES |= {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class Offline:
@@ -382,6 +383,60 @@ def test_score_compiles_for(monkeypatch, tmp_path, normalize, capability):
     assembly = compile_offline(monkeypatch, tmp_path, "score", torch.float64, capability)
     assert assembly["cubin"].startswith(b"\x7fELF")
     assert len(re.findall(r"\.param \.f64", assembly["ptx"])) == 3  # exponent, lowest, highest
+
+
+# The linear layer at N candidates
+
+LINEAR_SIZES = [(1, 1, 1, 1), (3, 65, 33, 70), (7, 64, 64, 64), (2, 100, 8, 130)]
+
+
+def linear_arguments(dtype, sizes, transposed, has_bias, device):
+    candidates, rows, width, outputs = sizes
+    x = torch.randn(candidates, rows, width, dtype=torch.float64)
+    now, direction = (torch.randn(width, outputs, dtype=torch.float64).t() for _ in range(2))
+    bias = torch.randn(candidates, outputs, dtype=torch.float64) if has_bias else None
+    c = torch.linspace(-1, 3, candidates, dtype=torch.float64)
+    if not transposed:
+        now, direction = now.contiguous(), direction.contiguous()
+    tensors = [None if t is None else t.to(device, dtype) for t in (x, now, direction, c, bias)]
+    if transposed:
+        assert tensors[1].stride(0) == 1
+    return tensors
+
+
+@runs
+@numpy_may_warn
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("sizes", LINEAR_SIZES)
+def test_candidate_linear(dtype, tolerance, sizes, transposed, has_bias):
+    linear = importlib.import_module("autolr_fast.ops.triton_linear")
+    x, now, direction, c, bias = linear_arguments(dtype, sizes, transposed, has_bias, DEVICE)
+    out = linear.candidate_linear(x, now, direction, c, bias)
+    weights = now.double() + c.double()[:, None, None] * direction.double()
+    expected = x.double() @ weights.transpose(1, 2)
+    if bias is not None:
+        expected += bias.double()[:, None]
+    assert out.dtype == dtype
+    scale = (x.double().abs() @ weights.abs().transpose(1, 2)).max().item() + 1
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance * scale)
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_candidate_linear_compiles_for(monkeypatch, tmp_path, dtype, capability):
+    linear = importlib.import_module("autolr_fast.ops.triton_linear")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
+    offline = Offline(linear._linear_kernel, target)
+    monkeypatch.setattr(linear, "_linear_kernel", offline)
+    linear.candidate_linear(*linear_arguments(dtype, (3, 128, 64, 128), False, True, "cpu"))
+    (compiled,) = offline.launches
+    assert compiled.asm["cubin"].startswith(b"\x7fELF")
+    if dtype != torch.float32:  # tensor cores; IEEE float32 has none
+        assert re.search(r"\b(wgmma|mma)\.", compiled.asm["ptx"])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted run")

@@ -6,11 +6,12 @@ layers and convolutions:
 - The input is the same for all candidates: twice the operation, ``op(x, now)`` and ``op(x, direction)``.
 - The inputs differ, and each has few rows: the same, with N times as many rows. No weights are made.
 - The inputs differ, and have many rows: twice the operations would cost more than the weights of N candidates,
-  which are made for this operation alone.
+  which are made for this operation alone; on a GPU, for a linear layer, in registers.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,13 +99,23 @@ def _batched_linear(
         step = F.linear(rows, direction, bias_direction)
         out = torch.addcmul(F.linear(rows, now, bias), step, c.view(-1, 1, 1))
     else:
-        weights = torch.addcmul(now, direction, c.view(-1, 1, 1)).transpose(1, 2)  # [N, in, out]
-        if bias is None:
-            out = torch.bmm(rows, weights)
-        else:
-            biases = bias if bias_direction is None else _sum(bias, bias_direction, c).unsqueeze(1)
-            out = torch.baddbmm(biases, rows, weights)
+        biases = bias  # [N, out]
+        if bias is not None:
+            biases = bias.expand(len(x), -1) if bias_direction is None else _sum(bias, bias_direction, c)
+        out = _linear_of_each(rows, now, direction, c, biases)
     return out.view(*x.shape[:-1], -1), 0
+
+
+def _linear_of_each(rows: Tensor, now: Tensor, direction: Tensor, c: Tensor, biases: Tensor | None) -> Tensor:
+    if rows.is_cuda and rows.dtype == now.dtype and importlib.util.find_spec("triton") is not None:
+        from ..ops import triton_linear  # noqa: PLC0415, where there is no GPU there may be no Triton
+
+        if rows.dtype in triton_linear.DTYPES:
+            return triton_linear.candidate_linear(rows, now, direction, c, biases)
+    weights = torch.addcmul(now, direction, c.view(-1, 1, 1)).transpose(1, 2)  # [N, in, out]
+    if biases is None:
+        return torch.bmm(rows, weights)
+    return torch.baddbmm(biases.unsqueeze(1), rows, weights)
 
 
 @torch.library.register_vmap("autolr_fast::folded_convolution")  # type: ignore[untyped-decorator]

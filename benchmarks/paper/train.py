@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 import autolr_fast
-from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR, Probe
+from autolr_fast import EVALUATORS, FACTORS_3, FACTORS_5, FACTORS_7, AutoLR, Probe
 from autolr_fast.demo import BASELINES
 
 from .data import Batches, DataError, load_dataset
@@ -178,7 +178,9 @@ class Run:
         args = self.args
         if args.scheduler not in PROBING:
             return BASELINES[args.scheduler](self.optimizer, self.total_steps)
-        chosen = {} if args.every is None else {"every": args.every}
+        chosen: dict[str, Any] = {"evaluator": args.evaluator}
+        if args.every is not None:
+            chosen["every"] = args.every
         if args.factors is not None:
             chosen["factors"] = FACTORS[args.factors]
         try:
@@ -397,6 +399,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lr", 0.005, "where the learning rate starts", type=_number(float, above=0))
     add("--factors", None, "how many factors a probe of auto or paper has (3)", type=int, choices=FACTORS)
     add("--every", None, "steps from probe to probe (auto 10, paper 1)", type=count)
+    add("--evaluator", "streamed", "of auto and paper; auto measures, so two runs may differ", choices=EVALUATORS)
     add("--epochs", 100, "what the schedule spans; a last batch that is not full is left out", type=count)
     add("--steps", None, "stop after so many steps in all; the schedule still spans --epochs", type=count)
     add("--batch-size", 32, "images in a batch", type=count)
