@@ -102,12 +102,13 @@ class Line(Protocol):
     def coefficients(self, factors: Sequence[float]) -> list[float]:
         """Return N numbers c such that the candidates are ``now + c * direction``."""
 
-    def direction(self, index: int, now: Tensor) -> Tensor:
+    def direction(self, index: int, now: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the direction of one parameter, of its shape.
 
         Args:
             index: of the parameter.
             now: the (local) parameter as training left it.
+            out: where to write it.
         """
 
 
@@ -156,9 +157,9 @@ class StepLine:
         """Return ``f - 1`` for each; see :class:`Line`."""
         return [factor - 1 for factor in factors]
 
-    def direction(self, index: int, now: Tensor) -> Tensor:
+    def direction(self, index: int, now: Tensor, out: Tensor | None = None) -> Tensor:
         """Return ``now - prev``; see :class:`Line`."""
-        return now - self._prev[index]
+        return torch.sub(now, self._prev[index], out=out)
 
 
 class GradientLine:
@@ -224,9 +225,9 @@ class GradientLine:
         """Return the factors; see :class:`Line`."""
         return list(factors)
 
-    def direction(self, index: int, now: Tensor) -> Tensor:
+    def direction(self, index: int, now: Tensor, out: Tensor | None = None) -> Tensor:
         """Return ``-lr * grad``; see :class:`Line`."""
-        return self._gradients[index].mul(-self._rates[index].to(now.device, now.dtype))
+        return torch.mul(self._gradients[index], -self._rates[index].to(now.device, now.dtype), out=out)
 
 
 def _of(tensors: Sequence[Tensor], indices: Sequence[int] | None) -> Sequence[Tensor]:

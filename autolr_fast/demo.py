@@ -33,7 +33,7 @@ BASELINES: Mapping[str, Callable[[Optimizer, int], LRScheduler]] = {
 }
 """torch's schedules over a total number of optimizer steps; "step" is a tenth at each third."""
 
-# The evaluator is named since "auto" measures: what it chooses, and with it the rounding, may change from run to run.
+# The evaluator is named: what "auto" chooses by measuring, and with it the rounding, may change from run to run.
 _PROBING: Mapping[str, Callable[[Optimizer, nn.Module, int], AutoLR]] = {
     "AutoLR.paper": lambda optimizer, model, total: AutoLR.paper(optimizer, model, evaluator="inplace"),
     "AutoLR": lambda optimizer, model, total: AutoLR(optimizer, model, total_steps=total, evaluator="inplace"),

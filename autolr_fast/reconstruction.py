@@ -102,10 +102,10 @@ class StateLine:
         """Return ``f - 1`` for each; see :class:`~autolr_fast.candidates.Line`."""
         return [factor - 1 for factor in factors]
 
-    def direction(self, index: int, now: Tensor) -> Tensor:
+    def direction(self, index: int, now: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the step; see :class:`~autolr_fast.candidates.Line`."""
         step, scale = self._step(index, now)
-        return step * scale
+        return torch.mul(step, scale, out=out)
 
     @torch.no_grad()
     def agrees(self, before: Mapping[nn.Parameter, Tensor]) -> bool:

@@ -379,8 +379,8 @@ class AutoLR(LRScheduler):
             )
             return rounds, seen._replace(factor=torch.ones_like(seen.factor))
         if line.window and ratio != 1.0:
-            rows = live_rows(line.parameters)
-            line.write([ratio], [row[0].clone() for row in rows], rows)
+            for index, row in enumerate(live_rows(line.parameters)):  # one by one: no copy of all is made
+                line.write([ratio], [row[0].clone()], [row], [index])
             self._snapshots.retake(ratio)
         self._rates.set_level(taken * ratio * steady_state(self.optimizer, self._snapshots.warm))
         self._searched = True

@@ -406,7 +406,9 @@ def linear_arguments(dtype, sizes, transposed, has_bias, device):
 
 @runs
 @numpy_may_warn
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)]
+)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("sizes", LINEAR_SIZES)

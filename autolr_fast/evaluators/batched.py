@@ -164,9 +164,9 @@ class _ScrambledLine:
     def coefficients(self, factors: Sequence[float]) -> list[float]:
         return list(factors)
 
-    def direction(self, index: int, now: Tensor) -> Tensor:
+    def direction(self, index: int, now: Tensor, out: Tensor | None = None) -> Tensor:
         size = now.abs().mean().nan_to_num()  # of none: 0
-        return 0.5 * now.roll(1) + 0.1 * torch.where(size == 0, 1.0, size)
+        return torch.add(0.5 * now.roll(1), 0.1 * torch.where(size == 0, 1.0, size), out=out)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..candidates import Line
+from ..candidates import Line, dense_strides
 from . import folding
 from .batched import Batched
 from .substitution import Substitution
@@ -36,7 +36,9 @@ class Folded(Batched):
         return sys.maxsize
 
     def _operands(self, line: Line, factors: Sequence[float]) -> list[Tensor]:
-        return [torch.tensor(line.coefficients(factors), device=line.parameters[0].device)]
+        double = any(parameter.dtype == torch.float64 for parameter in line.parameters)
+        dtype = torch.float64 if double else torch.float32
+        return [torch.tensor(line.coefficients(factors), dtype=dtype, device=line.parameters[0].device)]
 
     def _substitution(
         self, line: Line, operands: Sequence[Tensor], buffers: Sequence[Tensor], rows: Sequence[Tensor]
@@ -52,6 +54,7 @@ class _Folding(Substitution):
         self._line = line
         self._coefficient = coefficient
         self._rows = rows
+        self._scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         rule = _RULES.get(func)
@@ -61,13 +64,16 @@ class _Folding(Substitution):
                 return result
         return super().call(func, args, kwargs)
 
-    def split(self, tensor: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return a parameter as it is now and its direction; ``None`` if it is none of the line's."""
+    def split(self, tensor: Tensor, slot: int = 0) -> tuple[Tensor, Tensor] | None:
+        """Return a parameter as it is now and its direction; ``None`` if it is none of the line's.
+
+        The direction lies in memory that the next one of the same slot takes again.
+        """
         index = self._index.get(id(tensor))
         if index is None or index >= len(self._line.parameters):
             return None
         now = tensor.detach()
-        return now, self._line.direction(index, now)
+        return now, self._direction(index, now, slot)
 
     def coefficient(self, like: Tensor) -> Tensor:
         """Return c in the dtype and on the device of a tensor, 0-dim."""
@@ -78,7 +84,14 @@ class _Folding(Substitution):
         if index >= first:
             return self._rows[index - first]
         now = self._tensors[index].detach()
-        return now + self.coefficient(now) * self._line.direction(index, now)
+        return now + self.coefficient(now) * self._direction(index, now)
+
+    def _direction(self, index: int, now: Tensor, slot: int = 0) -> Tensor:
+        kind = (now.device, now.dtype, slot)
+        scratch = self._scratch.get(kind)
+        if scratch is None or len(scratch) < now.numel():
+            scratch = self._scratch[kind] = torch.empty(now.numel(), dtype=now.dtype, device=now.device)
+        return self._line.direction(index, now, out=scratch.as_strided(now.shape, dense_strides(now)))
 
 
 def _linear(mode: _Folding, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -114,7 +127,7 @@ def _affine(
     if split is None or mode.split(input) is not None:
         return None
     bias_now, bias_direction = bias, None
-    if bias is not None and (split_bias := mode.split(bias)) is not None:
+    if bias is not None and (split_bias := mode.split(bias, slot=1)) is not None:
         bias_now, bias_direction = split_bias
     return operator(input, mode.coefficient(split[0]), *split, bias_now, bias_direction, *rest)
 
@@ -133,8 +146,10 @@ def _batch_norm(
     if not training or mode.split(input) is not None:
         return None
     # Running statistics play no part in the output, and are put back after a candidate.
-    pairs = [(value, None) if value is None else mode.split(value) or (value, None) for value in (weight, bias)]
-    (now, direction), (bias_now, bias_direction) = pairs
+    (now, direction), (bias_now, bias_direction) = (
+        (value, None) if value is None else mode.split(value, slot) or (value, None)
+        for slot, value in enumerate((weight, bias))
+    )
     out: Tensor = folding.batch_norm(input, mode.coefficient(input), now, direction, bias_now, bias_direction, eps)
     return out
 

@@ -47,9 +47,9 @@ class Shuffled:
         """Return 1 for each factor."""
         return [1.0] * len(factors)
 
-    def direction(self, index: int, now: Tensor) -> Tensor:
+    def direction(self, index: int, now: Tensor, out: Tensor | None = None) -> Tensor:
         """Return how far a parameter is from its live value."""
-        return self._shuffle(index, now) - now
+        return torch.sub(self._shuffle(index, now), now, out=out)
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -104,13 +105,20 @@ def watch(evaluator: str, model: nn.Module, line: Line, closure: Closure) -> lis
     if is_sharded(model):
         raise EvaluatorError(evaluator, model, "its parameters are sharded over ranks")
     mode = _Watch(line.parameters)
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.layout == torch.strided]
+    before = [
+        (buffer, buffer.detach().clone(), _version(buffer))
+        for buffer in model.buffers()
+        if buffer.layout == torch.strided
+    ]
     changed: list[Tensor] = []
 
     def watched() -> Tensor:
         with mode:
             loss = closure()
-        changed.extend(buffer for buffer, value in before if not _is_same(buffer, value))
+        # Statistics are written without a new version, and may have come to rest.
+        for buffer, value, version in before:
+            if id(buffer) in mode.statistics or version != _version(buffer) or not _is_same(buffer, value):
+                changed.append(buffer)
         return loss
 
     with Isolation(model) as isolation, run_eagerly():
@@ -145,6 +153,7 @@ class _Watch(Substitution):
         # Tensors with the memory of a copy: what is written to them is lost, as is the copy.
         self._copies: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._owners: dict[int, Tensor] = {}
+        self.statistics: set[int] = set()  # ids of what normalisations may write to
         self.trouble: tuple[Tensor, str] | None = None
 
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -153,6 +162,8 @@ class _Watch(Substitution):
                 self._note(owner, "uses a second tensor with the memory of")
             elif id(tensor) in self._index and func == _SET_DATA:
                 self._note(tensor, "changes")
+        if func in (F.batch_norm, F.instance_norm):
+            self.statistics.update(map(id, (*args, *kwargs.values())))
         args = list(map(self.replace, args))
         kwargs = {name: self.replace(value) for name, value in kwargs.items()}
         copies = [tensor for tensor in _tensors((*args, *kwargs.values())) if id(tensor) in self._copies]

@@ -1,10 +1,10 @@
 """A linear layer at N candidates in one Triton kernel, which forms their weights as it loads what they are made of.
 
-``now`` and ``direction`` are read, N sets of weights are never written: a third of the traffic of writing them first,
-and one launch.
+``now`` and ``direction`` are read, N sets of weights are never written: a third of the traffic of writing them
+first, and one launch.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _BLOCK_ROWS, _BLOCK_OUT, _BLOCK_IN = 64, 64, 32
 def candidate_linear(x: Tensor, now: Tensor, direction: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x[n] @ (now + c[n] * direction).T + bias[n]`` for every n.
 
-    Weights are formed in float32 and rounded to the dtype of ``x``; products are added up in float32, of TF32 numbers
-    where ``torch.backends.cuda.matmul.allow_tf32`` is set.
+    Weights are formed in float32 and rounded to the dtype of ``x``; products are added up in float32, of TF32
+    numbers where ``torch.backends.cuda.matmul.allow_tf32`` is set.
 
     Args:
         x: [N, R, in], of a dtype in :data:`DTYPES`, on a GPU.
@@ -115,4 +115,6 @@ def _linear_kernel(
         added = tl.load(bias + candidate * outputs + o, mask=o < outputs, other=0.0)
         total += added.to(tl.float32)[None, :]
     mask = (r < rows)[:, None] & (o < outputs)[None, :]
-    tl.store(out + (candidate * rows + r[:, None]) * outputs + o[None, :], total.to(out.dtype.element_ty), mask=mask)
+    tl.store(
+        out + (candidate * rows + r[:, None]) * outputs + o[None, :], total.to(out.dtype.element_ty), mask=mask
+    )
