@@ -96,7 +96,9 @@ class StateLine:
 
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
         """Write one parameter of one candidate; see :class:`~autolr_fast.candidates.Line`."""
-        self.write([factor], [now], [out.unsqueeze(0)], [index])
+        step, scale = self._step(index, now)
+        rate = torch.tensor([scale], dtype=torch.float64, device=now.device)
+        ops.write_gradient_candidate(now, step, rate, 1 - factor, out)
 
     def coefficients(self, factors: Sequence[float]) -> list[float]:
         """Return ``f - 1`` for each; see :class:`~autolr_fast.candidates.Line`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..candidates import Line
 from ..isolation import Closure
-from .base import Evaluator, EvaluatorError
+from .base import Evaluator
 from .folded import Folded
 from .inplace import InPlace
 from .stacked import Stacked
@@ -77,7 +77,7 @@ class Auto(Evaluator):
         streamed = Streamed()
         try:
             losses = streamed.losses(model, line, factors, closure)
-        except EvaluatorError as error:
+        except RuntimeError as error:  # one of the closure's own is raised again in place
             cause = _text(error)
         else:
             self._chosen = streamed

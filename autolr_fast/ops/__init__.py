@@ -31,6 +31,7 @@ __all__ = [
     "stack_gradient_candidates",
     "stacked_sgd_step",
     "write_candidate",
+    "write_gradient_candidate",
 ]
 
 MAX_ROWS = 64
@@ -95,13 +96,38 @@ def write_candidate(prev: Tensor, now: Tensor, factor: float, out: Tensor, *, ba
         >>> out.tolist()
         [2.0, 5.0]
     """
-    strides = now.stride()
-    alike = prev.stride() == strides == out.stride() and prev.dtype == now.dtype == out.dtype
-    if alike and now.is_contiguous() and prev.shape == now.shape == out.shape and now.numel():
+    if _are_alike(prev, now, out):
         operator = overload("stack_candidates", choose(now.device.type, backend))
         operator([prev], [now], [factor], [out.unsqueeze(0)])
     else:
         stack_candidates([prev], [now], [factor], [out.unsqueeze(0)], backend=backend)
+
+
+@torch.no_grad()
+def write_gradient_candidate(
+    now: Tensor, grad: Tensor, lr: Tensor, factor: float, out: Tensor, *, backend: str | None = None
+) -> None:
+    """Write one tensor of one candidate: :func:`stack_gradient_candidates` where little else may be done.
+
+    Args:
+        now: ``[*shape]``.
+        grad: a tensor like it.
+        lr: [1] float64, on the same device.
+        factor: what ``lr * grad`` is scaled by.
+        out: a tensor like them, written in place.
+        backend: as in :func:`stack_candidates`.
+
+    Example:
+        >>> out, lr = torch.empty(2), torch.tensor([0.5], dtype=torch.float64)
+        >>> write_gradient_candidate(torch.ones(2), torch.ones(2), lr, 3.0, out)
+        >>> out.tolist()
+        [-0.5, -0.5]
+    """
+    if _are_alike(now, grad, out):
+        operator = overload("stack_gradient_candidates", choose(now.device.type, backend))
+        operator([now], [grad], lr, [factor], [out.unsqueeze(0)])
+    else:
+        stack_gradient_candidates([now], [grad], lr, [factor], [out.unsqueeze(0)], backend=backend)
 
 
 @torch.no_grad()
@@ -242,6 +268,13 @@ def score(
     operator = overload("score", choose(level.device.type, backend))
     operator(losses.contiguous(), factors, normalize, exponent, lowest, highest, level, weights, factor)
     return weights, factor
+
+
+def _are_alike(a: Tensor, b: Tensor, c: Tensor) -> bool:
+    """Whether three tensors have elements, in the same order without gaps, and the same shape and dtype."""
+    if not (a.is_contiguous() and a.numel() and a.dtype == b.dtype == c.dtype and a.shape == b.shape == c.shape):
+        return False
+    return a.stride() == b.stride() == c.stride() and a.device == b.device == c.device
 
 
 class _Rows:
