@@ -11,7 +11,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import ops
 
-__all__ = ["StateLine", "needs_gradients", "sample", "tells"]
+__all__ = ["SMALL", "StateLine", "needs_gradients", "sample", "tells"]
+
+SMALL = 16 << 20
+"""Bytes of parameters up to which a copy of them costs less than telling."""
 
 _SAMPLES = 64  # elements of a parameter that are kept to compare with
 _TOLERANCE = 1e-3  # of a step
@@ -23,21 +26,25 @@ def tells(optimizer: Optimizer, window: int) -> bool:
     So it is for SGD's last step, and last two with momentum (not Nesterov's, which needs the gradient before), and
     for the last one of Adam and AdamW (not AMSGrad; an element's first gradient cancels out of the second moment
     before it, up to an error that is no longer small beside it); with learning rates that are numbers and
-    parameters of 32 or 64 bits.
+    parameters of 32 or 64 bits. Parameters of no more than :data:`SMALL` bytes are not worth it.
     """
-    if type(optimizer) not in (SGD, Adam, AdamW):
-        return False
-    for group in optimizer.param_groups:
-        if any(isinstance(value, Tensor) for value in (group["lr"], *group.get("betas", ()))):
-            return False
-        if group.get("amsgrad") or group.get("capturable") or group.get("differentiable"):
-            return False
-        if window > (2 if group.get("momentum") and not group["nesterov"] else 1):
-            return False
-        for parameter in group["params"]:
-            if parameter.dtype not in (torch.float32, torch.float64) or hasattr(parameter, "to_local"):
-                return False
-    return True
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return (
+        type(optimizer) in (SGD, Adam, AdamW)
+        and all(_is_told(group, window) for group in optimizer.param_groups)
+        and sum(parameter.numel() * parameter.element_size() for parameter in parameters) > SMALL
+    )
+
+
+def _is_told(group: dict[str, Any], window: int) -> bool:
+    longest = 2 if group.get("momentum") and not group["nesterov"] else 1
+    numbers = not any(isinstance(value, Tensor) for value in (group["lr"], *group.get("betas", ())))
+    plain = not any(group.get(option) for option in ("amsgrad", "capturable", "differentiable"))
+    precise = all(
+        parameter.dtype in (torch.float32, torch.float64) and not hasattr(parameter, "to_local")
+        for parameter in group["params"]
+    )
+    return window <= longest and numbers and plain and precise
 
 
 def needs_gradients(optimizer: Optimizer, window: int) -> bool:

@@ -56,6 +56,16 @@ def test_the_table_is_that_of_the_demo():
     assert f"{min(overheads):.0f} to {max(overheads):.0f} % of the training time" in README
 
 
+def test_the_costs_are_those_measured():
+    results = (ROOT / "benchmarks/results/probe.md").read_text(encoding="utf-8")
+    models = re.findall(r"^## (\w+): (.*?)(?=^## )", results, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in models] == ["mlp", "convnet", "resnet18", "transformer"]
+    for name, section in models:
+        seven = re.search(r"^\| 7 \| auto \((\w+)\) \| \S+ ms \| (\S+) \| (\S+) \|", section, re.MULTILINE).groups()
+        three = re.search(r"^\| 3 \| auto \(\w+\) \| \S+ ms(?: \| \S+){3} \| (\S+) \|", section, re.MULTILINE)
+        assert f"| {' | '.join((name, *seven, three[1]))} |" in README
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

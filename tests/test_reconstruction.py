@@ -12,6 +12,12 @@ from autolr_fast.snapshots import Cadence, Snapshots
 
 from .helpers import mlp, parameters_of, problem, sgd, train_step
 
+
+@pytest.fixture(autouse=True)
+def _small_parameters_are_told_too(monkeypatch):
+    monkeypatch.setattr("autolr_fast.reconstruction.SMALL", 0)
+
+
 # name -> (optimizer, the longest window that its state tells)
 TOLD = {
     "sgd": (lambda p: torch.optim.SGD(p, lr=0.05), 1),
@@ -61,6 +67,14 @@ def test_state_tells_the_steps_taken(name, dtype):
                 expected = torch.stack([torch.lerp(prev, now, factor) for factor in FACTORS_5])
                 torch.testing.assert_close(rows, expected, rtol=0, atol=4 * atol)
                 assert torch.equal(rows[FACTORS_5.index(1.0)], now)
+
+
+def test_small_parameters_are_copied(monkeypatch):
+    model = mlp()
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    for small, told in ((size, False), (size - 1, True)):
+        monkeypatch.setattr("autolr_fast.reconstruction.SMALL", small)
+        assert tells(sgd(model, momentum=0.9), 2) == told
 
 
 def test_half_precision_is_not_told():

@@ -80,10 +80,12 @@ def test_gradient_direction_equals_the_reference_bitwise():
             assert scheduler.last_probe.window == 0
 
 
+@pytest.mark.parametrize("small", [0, 2**20], ids=["told", "copied"])
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 @pytest.mark.parametrize("window", [1, 2, (1, 2), 3])
-def test_every_optimizer(name, window):
+def test_every_optimizer(name, window, small, monkeypatch):
     """The line is through what the optimizer really did, and nothing but the learning rate changes."""
+    monkeypatch.setattr("autolr_fast.reconstruction.SMALL", small)
     cls, kwargs = OPTIMIZERS[name]
     model, loss_of = problem("convnet")
     optimizer = cls(model.parameters(), **kwargs)
