@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 else:
     ProcessGroup = object  # torch builds without distributed support have no such class
 
-__all__ = ["ProcessGroup", "is_sharded", "local", "mean_over_ranks", "reshard"]
+__all__ = ["ProcessGroup", "is_distributed", "is_sharded", "local", "mean_over_ranks", "reshard"]
+
+
+def is_distributed() -> bool:
+    """Whether there may be other ranks."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def mean_over_ranks(tensor: Tensor, process_group: ProcessGroup | None) -> Tensor:
@@ -24,7 +29,7 @@ def mean_over_ranks(tensor: Tensor, process_group: ProcessGroup | None) -> Tenso
         tensor: any shape, the same on every rank.
         process_group: ``None`` is the default group.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return tensor
     total = tensor.clone()
     dist.all_reduce(total, group=process_group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import ops
 
-__all__ = ["SMALL", "StateLine", "needs_gradients", "sample", "tells"]
+__all__ = ["SMALL", "StateLine", "sample", "tells"]
 
 SMALL = 16 << 20
 """Bytes of parameters up to which a copy of them costs less than telling."""
@@ -47,17 +48,19 @@ def _is_told(group: dict[str, Any], window: int) -> bool:
     return window <= longest and numbers and plain and precise
 
 
-def needs_gradients(optimizer: Optimizer, window: int) -> bool:
-    """Whether telling takes the gradients of the last step too, which the user may have reset since."""
-    groups = optimizer.param_groups
-    return isinstance(optimizer, SGD) and (
-        window > 1 or any(not group["momentum"] or group["nesterov"] for group in groups)
-    )
-
-
 def sample(tensor: Tensor) -> Tensor:
     """Return a copy of some elements of a tensor, spread over it, 1-dim."""
-    return tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLES)].clone()
+    flat = tensor.detach().reshape(-1)
+    if len(flat) <= _SAMPLES:
+        return flat.clone()
+    return flat[_spread(len(flat), flat.device)]
+
+
+@functools.cache
+def _spread(count: int, device: torch.device) -> Tensor:
+    """Return some indices below a count; by the golden ratio, so that they keep to no row or column."""
+    fractions = torch.arange(1, _SAMPLES + 1, dtype=torch.float64) * 0.6180339887498949 % 1
+    return (fractions * count).long().to(device)
 
 
 class StateLine:
@@ -96,7 +99,7 @@ class StateLine:
         indices: Sequence[int] | None = None,
     ) -> None:
         """Write ``now + (f - 1) * step``; see :class:`~autolr_fast.candidates.Line`."""
-        for index, value, out in zip(indices or range(len(now)), now, rows, strict=True):
+        for index, value, out in zip(range(len(now)) if indices is None else indices, now, rows, strict=True):
             step, scale = self._step(index, value)
             rate = torch.tensor([scale], dtype=torch.float64)
             ops.stack_gradient_candidates([value], [step], rate, [1 - factor for factor in factors], [out])
@@ -121,10 +124,14 @@ class StateLine:
         """Whether the steps told are the steps taken, as far as samples of the parameters before them show."""
         if any(len(lrs) != len(self._optimizer.param_groups) for lrs in self._lrs) or len(self._lrs) < self.window:
             return False
+        for lrs in self._lrs:
+            for lr, group in zip(lrs, self._optimizer.param_groups, strict=True):
+                if abs(1 - lr * group["weight_decay"]) < _TOLERANCE:  # nothing is left of what was before
+                    return False
         right = []
         for index, parameter in enumerate(self.parameters):
             gradient = self._gradients[index]
-            if gradient is None and self._moved[index] and needs_gradients(self._optimizer, self.window):
+            if gradient is None and self._moved[index] and self._needs_gradient(index):
                 return False
             if gradient is not None and gradient.layout != torch.strided:
                 return False
@@ -140,6 +147,11 @@ class StateLine:
         for flag in right:
             groups.setdefault(flag.device, []).append(flag)
         return all(bool(torch.stack(flags).all()) for flags in groups.values())
+
+    def _needs_gradient(self, index: int) -> bool:
+        group = self._optimizer.param_groups[self._groups[self.parameters[index]]]
+        without = isinstance(self._optimizer, SGD) and group["momentum"] and not group["nesterov"]
+        return isinstance(self._optimizer, SGD) and not (without and self.window == 1)
 
     def _step(self, index: int, now: Tensor, sampled: bool = False) -> tuple[Tensor, float]:
         """Return a tensor and a number whose product is what the steps added to a parameter."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .candidates import Line, StepLine
+from .distributed import is_distributed
 from .isolation import REMEDY, ClosureError
-from .reconstruction import StateLine, needs_gradients, sample, tells
+from .reconstruction import StateLine, sample, tells
 
 __all__ = ["Cadence", "Snapshots"]
 
@@ -116,13 +117,15 @@ class Snapshots:
         taken = self._taken.get(self.steps - window)
         if taken is None:
             return None
-        line: Line | None = None if taken.sampled else StepLine(taken.values, names, window)
-        if self._state_tells and tells(optimizer, window):
+        if self._state_tells and tells(optimizer, window) and not is_distributed():
             told = StateLine(optimizer, self._lrs, window, list(taken.values), self._moved)
             before = taken.values.items()
-            self._state_tells = told.agrees({p: value if taken.sampled else sample(value) for p, value in before})
-            line = line or (told if self._state_tells else None)
-        return line
+            samples = {parameter: value if taken.sampled else sample(value) for parameter, value in before}
+            self._state_tells = told.agrees(samples)
+            if self._state_tells:
+                self._taken[self.steps - window] = Snapshot(samples, sampled=True)  # for a longer window
+                return told
+        return None if taken.sampled else StepLine(taken.values, names, window)
 
     def retake(self, ratio: float) -> None:
         """Note that the last step was taken again at ``ratio`` times its learning rate."""
@@ -143,6 +146,7 @@ class Snapshots:
                 for step, taken in self._taken.items()
             },
             "lrs": [list(lrs) for lrs in self._lrs],
+            "moved": [index for index, parameter in enumerate(parameters) if parameter in self._moved],
             "state_tells": self._state_tells,
         }
 
@@ -165,6 +169,7 @@ class Snapshots:
                 )
         self.steps = steps
         self._lrs = [list(lrs) for lrs in state["lrs"]]
+        self._moved = {parameters[index] for index in state["moved"]}
         self._state_tells = state["state_tells"]
         self._taken = {
             int(step): Snapshot(
@@ -190,8 +195,8 @@ class Snapshots:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if windows := self._cadence.windows_from(self.steps):
             sampled = self._state_tells and all(tells(optimizer, window) for window in windows)
-            # The probe of the first step must not be left out.
-            sampled = sampled and not (self.steps == 0 and 1 in windows and needs_gradients(optimizer, 1))
+            # The probe of the first step must not be left out, and ranks must all make one or none.
+            sampled = sampled and self.steps > 0 and not is_distributed()
             values = {
                 parameter: sample(parameter) if sampled else parameter.detach().clone()
                 for parameter in parameters

@@ -224,7 +224,7 @@ def test_the_log_says_what_was_done(arguments, tmp_path):
     # Probes: the first 20 steps, then every 5th; each starts where the last left, annealing included.
     probes = [row["probe"] for row in steps if "probe" in row]
     assert [probe["step"] for probe in probes] == [*range(1, 21), 25, 30]
-    assert {probe["evaluator"] for probe in probes} == {"stacked"}
+    assert {probe["evaluator"] for probe in probes} == {"streamed"}
     assert probes[0]["rounds"] > 1
     for row, following in itertools.pairwise(steps):
         if "probe" in row:

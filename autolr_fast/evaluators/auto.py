@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..candidates import Line
+from ..distributed import is_distributed
 from ..isolation import Closure
 from .base import Evaluator
 from .folded import Folded
@@ -30,8 +30,8 @@ class Auto(Evaluator):
     faster. Batching is not tried if the candidates take longer than a second one after another.
 
     Nothing is measured under :func:`torch.use_deterministic_algorithms`, since a batched forward rounds
-    differently, nor on several ranks, which must all do the same: :class:`Streamed` runs then, or
-    :class:`InPlace` if that cannot serve.
+    differently: :class:`Streamed` runs then, or :class:`InPlace` if that cannot serve. On several ranks, which must
+    all do the same whatever their batches, it is :class:`InPlace`.
     """
 
     _FASTER = 0.9
@@ -74,21 +74,22 @@ class Auto(Evaluator):
             self._chosen.load(state["state"])
 
     def _choose(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
+        if is_distributed():
+            self._chosen, self._why = InPlace(), "not measured on several ranks"
+            return self._chosen.losses(model, line, factors, closure)
         streamed = Streamed()
         try:
             losses = streamed.losses(model, line, factors, closure)
-        except RuntimeError as error:  # one of the closure's own is raised again in place
+        except Exception as error:
             cause = _text(error)
         else:
             self._chosen = streamed
             if torch.are_deterministic_algorithms_enabled():
                 self._why = "not measured under deterministic algorithms"
-            elif dist.is_available() and dist.is_initialized():
-                self._why = "not measured on several ranks"
             else:
                 self._measure(model, line, factors, closure)
             return losses
-        return self._fall_back(model, line, factors, closure, f"{cause}")
+        return self._fall_back(model, line, factors, closure, cause)
 
     def _measure(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> None:
         """Replace the choice, which serves, by a faster one."""
@@ -103,14 +104,14 @@ class Auto(Evaluator):
             try:
                 evaluator.losses(model, line, factors, closure)  # checks the model, and warms up
                 seconds = _seconds(evaluator, model, line, factors, closure)
-            except RuntimeError as error:
+            except Exception as error:
                 refused[evaluator.name] = _text(error)
                 continue
             seen[evaluator.name] = f"{1e3 * seconds:.3g} ms"
             if seconds < self._FASTER * fastest:
                 self._chosen, fastest = evaluator, seconds
-        self._why = ", ".join(f"{name} {time}" for name, time in seen.items())
-        if len(refused) == 2:
+        self._why = ", ".join(f"{name} {measured}" for name, measured in seen.items())
+        if "folded" in refused and "stacked" in refused:
             self._warn(f"batching them failed: {refused['folded']}", "streamed")
 
     def _fall_back(
@@ -145,6 +146,6 @@ def _seconds(
     return best
 
 
-def _text(error: RuntimeError) -> str:
+def _text(error: Exception) -> str:
     # The exception holds the frames of the failed forward, and with them its memory.
     return str(getattr(error, "reason", f"{type(error).__name__}: {error}"))

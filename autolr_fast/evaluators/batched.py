@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,8 +13,9 @@ from torch import Tensor, nn
 from ..candidates import Line
 from ..isolation import Closure, Isolation, scalar_loss
 from .base import Evaluator, EvaluatorError
-from .streamed import check_reach, stream
-from .substitution import run_eagerly
+from .nearby import Nearby
+from .streamed import Checked, check_reach, stream
+from .substitution import Substitution, run_eagerly
 
 __all__ = ["Batched"]
 
@@ -24,14 +23,14 @@ __all__ = ["Batched"]
 class Batched(Evaluator):
     """``vmap`` of the closure over candidates: all of them, or a chunk that memory allows.
 
-    The first time a model is seen, its losses at two scrambled sets of weights are compared with those one after
-    another, so that an operation that vmap treats differently is noticed.
+    The first time a model is seen, or other parameters of it, its losses at two sets of weights nearby are compared
+    with those one after another, so that an operation that vmap treats differently is noticed.
     """
 
     def __init__(self) -> None:
         self._chunk: int | None = None
-        # Buffers that the forward changes in place: each candidate has its own.
-        self._changing: weakref.WeakKeyDictionary[nn.Module, list[Tensor]] = weakref.WeakKeyDictionary()
+        self._checked = Checked()
+        self._changing: list[str] = []  # names of buffers that the forward changes: each candidate has its own
 
     def losses(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
         """Return the losses, [N]; see :meth:`Evaluator.losses`.
@@ -39,14 +38,13 @@ class Batched(Evaluator):
         Raises:
             EvaluatorError: if the model cannot be batched, or gives other losses then.
         """
-        if model not in self._changing:
-            self._changing[model] = check_reach(self.name, model, line, closure)
-            try:
-                self._compare(model, line, closure)
-            except BaseException:
-                del self._changing[model]
-                raise
-        return self._in_chunks(model, line, factors, closure)
+        if not self._checked.covers(model, line):
+            self._check(model, line, closure)
+            self._checked.start(model, line)
+        losses, used = self._in_chunks(model, line, factors, closure)
+        if self._checked.is_new(used):  # other parameters than those checked: another way through the model
+            self._check(model, line, closure)
+        return losses
 
     def state(self) -> dict[str, Any]:
         """Return the chunk size: another one may round differently."""
@@ -67,7 +65,7 @@ class Batched(Evaluator):
     @abstractmethod
     def _substitution(
         self, line: Line, operands: Sequence[Tensor], buffers: Sequence[Tensor], rows: Sequence[Tensor]
-    ) -> AbstractContextManager[Any]:
+    ) -> Substitution:
         """Return what the closure is called in, for a candidate.
 
         Args:
@@ -80,12 +78,14 @@ class Batched(Evaluator):
     def _release(self) -> None:
         """Free what is kept from one probe to the next."""
 
-    def _compare(self, model: nn.Module, line: Line, closure: Closure) -> None:
-        scrambled = _ScrambledLine(line)
+    def _check(self, model: nn.Module, line: Line, closure: Closure) -> None:
         # One after another first: what is the closure's own fault raises as itself.
-        expected = stream(model, scrambled, (1.0, 2.0), closure)
+        changing = {id(buffer) for buffer in check_reach(self.name, model, line, closure)}
+        self._changing = [name for name, buffer in model.named_buffers() if id(buffer) in changing]
+        nearby = Nearby(line)
+        expected, _ = stream(model, nearby, (1.0, 2.0), closure)
         try:
-            batched = self._in_chunks(model, scrambled, (1.0, 2.0), closure).double()
+            batched = self._in_chunks(model, nearby, (1.0, 2.0), closure)[0].double()
         except Exception as error:
             raise EvaluatorError(self.name, model, f"{type(error).__name__}: {error}") from error
         exact = expected.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
@@ -93,7 +93,7 @@ class Batched(Evaluator):
         )
         tolerance = 1e-3 if exact else 5e-2
         # No absolute tolerance: a loss may be small as a whole.
-        if not torch.allclose(batched, expected.double(), rtol=tolerance, atol=0.0, equal_nan=True):
+        if not torch.allclose(batched, expected.double(), rtol=tolerance, atol=0.0):
             raise EvaluatorError(
                 self.name,
                 model,
@@ -101,16 +101,20 @@ class Batched(Evaluator):
                 "operation, such as dropout inside attention, that vmap treats differently",
             )
 
-    def _in_chunks(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
+    def _in_chunks(
+        self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure
+    ) -> tuple[Tensor, frozenset[int]]:
         if self._chunk is None:
             self._chunk = self._first_chunk(line)
         losses: list[Tensor] = []
+        used: frozenset[int] = frozenset()
         done = 0
         with Isolation(model) as isolation, run_eagerly():
             while done < len(factors):
                 chunk = factors[done : done + self._chunk]
                 try:
-                    losses.append(self._at_once(model, line, chunk, closure, isolation))
+                    chunk_losses, used = self._at_once(model, line, chunk, closure, isolation)
+                    losses.append(chunk_losses)
                 except (RuntimeError, MemoryError) as error:
                     if len(chunk) == 1 or not _is_out_of_memory(error):
                         raise
@@ -118,55 +122,28 @@ class Batched(Evaluator):
                     self._release()
                 else:
                     done += len(chunk)
-        return torch.cat(losses)
+        return torch.cat(losses), used
 
     @torch.no_grad()
     def _at_once(
         self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure, isolation: Isolation
-    ) -> Tensor:
-        buffers = self._changing[model]
+    ) -> tuple[Tensor, frozenset[int]]:
+        buffers = [model.get_buffer(name) for name in self._changing]
+        used: set[int] = set()
         operands = self._operands(line, factors)
         own = [buffer.expand(len(factors), *buffer.shape).clone() for buffer in buffers]
 
         def loss_of(operands: list[Tensor], own: list[Tensor]) -> Tensor:
-            with self._substitution(line, operands, buffers, own):
-                return scalar_loss(closure)
+            with self._substitution(line, operands, buffers, own) as mode:
+                loss = scalar_loss(closure)
+            used.update(index for index in mode.used if index < len(line.parameters))
+            return loss
 
         with isolation.rewound(), warnings.catch_warnings():
             # An operation that vmap unrolls is right all the same.
             warnings.filterwarnings("ignore", message="There is a performance drop")
             losses: Tensor = torch.vmap(loss_of, randomness="same")(operands, own)
-        return losses.detach()
-
-
-class _ScrambledLine:
-    """Candidates unlike the live weights in place, size and mean, so that hardly a function of them stays."""
-
-    window = 0
-
-    def __init__(self, line: Line):
-        self.parameters = line.parameters
-
-    def write(
-        self,
-        factors: Sequence[float],
-        now: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        indices: Sequence[int] | None = None,
-    ) -> None:
-        for value, targets in zip(now, rows, strict=True):
-            for factor, target in zip(factors, targets.unbind(0), strict=True):
-                target.copy_(value + factor * self.direction(0, value))
-
-    def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
-        self.write([factor], [now], [out.unsqueeze(0)])
-
-    def coefficients(self, factors: Sequence[float]) -> list[float]:
-        return list(factors)
-
-    def direction(self, index: int, now: Tensor, out: Tensor | None = None) -> Tensor:
-        size = now.abs().mean().nan_to_num()  # of none: 0
-        return torch.add(0.5 * now.roll(1), 0.1 * torch.where(size == 0, 1.0, size), out=out)
+        return losses.detach(), frozenset(used)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -58,7 +58,7 @@ class _Folding(Substitution):
 
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         rule = _RULES.get(func)
-        if rule is not None:
+        if rule is not None and not torch.is_grad_enabled():  # the rules are not differentiated
             result = rule(self, *args, **kwargs)
             if result is not None:
                 return result
@@ -72,6 +72,7 @@ class _Folding(Substitution):
         index = self._index.get(id(tensor))
         if index is None or index >= len(self._line.parameters):
             return None
+        self.used.add(index)
         now = tensor.detach()
         return now, self._direction(index, now, slot)
 
@@ -150,7 +151,9 @@ def _batch_norm(
         (value, None) if value is None else mode.split(value, slot) or (value, None)
         for slot, value in enumerate((weight, bias))
     )
-    out: Tensor = folding.batch_norm(input, mode.coefficient(input), now, direction, bias_now, bias_direction, eps)
+    out: Tensor = folding.batch_norm(
+        input, mode.coefficient(input if now is None else now), now, direction, bias_now, bias_direction, eps
+    )
     return out
 
 

@@ -31,7 +31,7 @@ class Stacked(Batched):
     """
 
     def __init__(self, max_memory: int | None = None):
-        if max_memory is not None and (not isinstance(max_memory, int) or max_memory <= 0):
+        if max_memory is not None and (type(max_memory) is not int or max_memory <= 0):
             raise ValueError(f"max_memory={max_memory!r}: give a positive whole number of bytes, or None")
         super().__init__()
         self.max_memory = max_memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from ..candidates import Line, dense_strides
 from ..isolation import Closure, Isolation
 from .base import Evaluator, EvaluatorError
-from .shuffled import Shuffled
+from .inplace import InPlace
+from .nearby import Nearby
 from .substitution import Substitution, run_eagerly, storage_of, watch
 
-__all__ = ["Streamed", "check_reach", "stream"]
+__all__ = ["Checked", "Streamed", "check_reach", "stream"]
 
 
 class Streamed(Evaluator):
@@ -23,13 +25,14 @@ class Streamed(Evaluator):
 
     The losses are bit for bit those of :class:`InPlace`, but for layers with a fused path that torch takes outside
     of torch-function modes alone (attention in eval mode: to rounding). The live parameters are not written to.
-    Extra memory: the largest operands of one operation. Time: N forwards. The first time a model is seen, three
-    more forwards check that it uses its parameters only through torch functions, and in none that changes them.
+    Extra memory: the largest operands of one operation. Time: N forwards. The first time a model is seen, or other
+    parameters of it, four more forwards, one of them in place, check that it uses its parameters only through torch
+    functions, and in none that changes them.
     Modules and functions compiled by ``torch.compile`` run as the Python they were made from.
     """
 
     def __init__(self) -> None:
-        self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._checked = Checked()
 
     @property
     def name(self) -> str:
@@ -42,27 +45,58 @@ class Streamed(Evaluator):
         Raises:
             EvaluatorError: if the model's parameters cannot be replaced at their use.
         """
-        if model not in self._checked:
+        if not self._checked.covers(model, line):
             check_reach(self.name, model, line, closure)
-            self._checked.add(model)
-        return stream(model, line, factors, closure)
+            self._checked.start(model, line)
+        losses, used = stream(model, line, factors, closure)
+        if self._checked.is_new(used):  # other parameters than those checked: another way through the model
+            check_reach(self.name, model, line, closure)
+        return losses
+
+
+class Checked:
+    """Which model, and which parameters of it, the reach of stand-ins was checked for."""
+
+    def __init__(self) -> None:
+        self._model: weakref.ref[nn.Module] | None = None
+        self._parameters: list[int] = []
+        self._used: set[frozenset[int]] = set()
+
+    def covers(self, model: nn.Module, line: Line) -> bool:
+        """Whether a check was made for this model with these parameters."""
+        same = self._model is not None and self._model() is model
+        return same and self._parameters == [id(parameter) for parameter in line.parameters]
+
+    def start(self, model: nn.Module, line: Line) -> None:
+        """Note a check, in which any parameters may have been used."""
+        self._model = weakref.ref(model)
+        self._parameters = [id(parameter) for parameter in line.parameters]
+        self._used = set()
+
+    def is_new(self, used: frozenset[int]) -> bool:
+        """Note which parameters a forward used; whether an earlier one since the check used others."""
+        new = bool(self._used) and used not in self._used
+        self._used.add(used)
+        return new
 
 
 @torch.no_grad()
-def stream(model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
-    """Return the losses, [N], of a model that :func:`check_reach` found nothing against."""
+def stream(
+    model: nn.Module, line: Line, factors: Sequence[float], closure: Closure
+) -> tuple[Tensor, frozenset[int]]:
+    """Return the losses, [N], of a model that :func:`check_reach` found nothing against, and what they used."""
     candidate = _Candidate(line)
     losses = []
     with Isolation(model) as isolation, run_eagerly():
         for factor in factors:
             candidate.factor = factor
             losses.append(isolation.run(closure, within=candidate).detach())
-    return torch.stack(losses)
+    return torch.stack(losses), frozenset(candidate.used)
 
 
 @torch.no_grad()
 def check_reach(evaluator: str, model: nn.Module, line: Line, closure: Closure) -> list[Tensor]:
-    """See that stand-ins serve: at other weights, the loss is that of the same weights in the model itself.
+    """See that stand-ins serve: at weights nearby, the loss is that of the same weights in the model itself.
 
     Args:
         evaluator: its name, for the error.
@@ -77,23 +111,21 @@ def check_reach(evaluator: str, model: nn.Module, line: Line, closure: Closure) 
         EvaluatorError: if they do not.
     """
     changing = watch(evaluator, model, line, closure)
-    shuffled = Shuffled(line)
-    streamed = stream(model, shuffled, [1.0], closure)[0]
-    try:
-        with Isolation(model) as isolation, run_eagerly():
-            shuffled.apply()
-            expected = isolation.run(closure).detach()
-    finally:
-        shuffled.undo()
+    nearby = Nearby(line)
+    live, streamed = stream(model, nearby, [0.0, 1.0], closure)[0].tolist()
+    with run_eagerly():
+        expected = InPlace().losses(model, nearby, [1.0], closure)
     # Inside a torch-function mode some layers leave a fused path; some GPU operations never add up in one order.
     tolerance = 1e-5 if expected.device.type == "cpu" else 1e-3
-    if not torch.allclose(streamed, expected, rtol=tolerance, atol=0.0, equal_nan=True):
+    if not math.isclose(streamed, expected.item(), rel_tol=tolerance):  # also where it is not finite
         raise EvaluatorError(
             evaluator,
             model,
-            f"with its parameters replaced where they are used, a test loss is {streamed.item()} and should be "
+            f"with its parameters replaced where they are used, a test loss is {streamed} and should be "
             f"{expected.item()}; it uses or changes them where no torch function is given them",
         )
+    if streamed == live:
+        raise EvaluatorError(evaluator, model, "its loss does not show whether parameters can be replaced")
     return changing
 
 

@@ -43,12 +43,16 @@ class Substitution(TorchFunctionMode):
 
     Args:
         tensors: parameters and buffers to be replaced.
+
+    Attributes:
+        used: indices of those that were.
     """
 
     def __init__(self, tensors: Sequence[Tensor]):
         super().__init__()
         self._tensors = tensors  # alive, so that their ids stay theirs
         self._index = {id(tensor): index for index, tensor in enumerate(tensors)}
+        self.used: set[int] = set()
 
     @abstractmethod
     def stand_in(self, index: int) -> Tensor:
@@ -74,6 +78,7 @@ class Substitution(TorchFunctionMode):
         """Return the stand-in of a tensor, of those in a list or tuple, or the value itself."""
         index = self._index.get(id(value))
         if index is not None:
+            self.used.add(index)
             return self.stand_in(index)
         if type(value) in (list, tuple):
             return type(value)(map(self.replace, value))
@@ -104,7 +109,7 @@ def watch(evaluator: str, model: nn.Module, line: Line, closure: Closure) -> lis
     """
     if is_sharded(model):
         raise EvaluatorError(evaluator, model, "its parameters are sharded over ranks")
-    mode = _Watch(line.parameters)
+    mode = _Watch(line.parameters, model)
     before = [
         (buffer, buffer.detach().clone(), _version(buffer))
         for buffer in model.buffers()
@@ -147,8 +152,9 @@ def run_eagerly() -> Iterator[None]:
 class _Watch(Substitution):
     """Substitutes copies, and notes the first use that a stand-in would not do for."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]):
+    def __init__(self, parameters: Sequence[nn.Parameter], model: nn.Module):
         super().__init__(parameters)
+        self._models_own = {id(parameter) for parameter in model.parameters()}  # they may share one flat memory
         self._storages = {storage_of(parameter): parameter for parameter in parameters if parameter.numel()}
         # Tensors with the memory of a copy: what is written to them is lost, as is the copy.
         self._copies: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -158,7 +164,10 @@ class _Watch(Substitution):
 
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         for tensor in _tensors((*args, *kwargs.values())):
-            if id(tensor) not in self._index and (owner := self._storages.get(storage_of(tensor) or 0)) is not None:
+            if (
+                id(tensor) not in self._models_own
+                and (owner := self._storages.get(storage_of(tensor) or 0)) is not None
+            ):
                 self._note(owner, "uses a second tensor with the memory of")
             elif id(tensor) in self._index and func == _SET_DATA:
                 self._note(tensor, "changes")
