@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -103,25 +104,20 @@ class Isolation:
 
 
 class _ModuleState:
-    """What a module holds itself: attributes, also in lists and dicts, and the values of those that are tensors."""
+    """What a module holds itself: attributes, also in containers, and the values of those that are tensors."""
 
     def __init__(self, module: nn.Module):
-        # The dicts of a scripted module are none.
-        held = (module.__dict__, module._buffers, module._parameters, *vars(module).values())
-        self._containers = [
-            (live, type(live)(live), _identity(live))
-            for name, live in zip(("", "", "", *vars(module)), held, strict=True)
-            if type(live) in _CONTAINERS and name not in _TORCHS_OWN
-        ]
+        own = [value for name, value in vars(module).items() if name not in _TORCHS_OWN]
+        containers: list[Any] = [vars(module)]
+        tensors: dict[int, Tensor] = {}
+        for value in (module._parameters, module._buffers, *own):
+            _collect(value, containers, tensors)
+        self._containers = [(live, copy.copy(live), _identity(live)) for live in containers]
         self._parameters = [
             (parameter, parameter.requires_grad, parameter.data)
             for parameter in module._parameters.values()
             if parameter is not None
         ]
-        values = [*module._buffers.values()]
-        for _, saved, _ in self._containers:
-            values += saved.values() if isinstance(saved, dict) else saved
-        tensors = {id(value): value for value in values if isinstance(value, Tensor) and _is_writable(value)}
         self._values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
 
     @torch.no_grad()
@@ -129,7 +125,7 @@ class _ModuleState:
         for live, saved, identity in self._containers:
             if _identity(live) != identity:
                 live.clear()
-                live.update(saved) if isinstance(live, dict) else live.extend(saved)
+                live.extend(saved) if isinstance(live, (list, deque)) else live.update(saved)
         for parameter, flag, data in self._parameters:
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
@@ -139,8 +135,23 @@ class _ModuleState:
             tensor.copy_(value)
 
 
-_CONTAINERS = (dict, OrderedDict, list, deque)
 _TORCHS_OWN = frozenset(vars(nn.Module()))
+
+
+def _collect(value: Any, containers: list[Any], tensors: dict[int, Tensor], depth: int = 4) -> None:
+    """Add what a closure could change in place: containers, those inside of them, and their tensors."""
+    if isinstance(value, Tensor):
+        if _is_writable(value):
+            tensors[id(value)] = value
+        return
+    if isinstance(value, (dict, list, deque, set)):
+        containers.append(value)
+    elif not isinstance(value, tuple):
+        # The dicts of a scripted module are none.
+        value = value.values() if type(value).__name__ == "OrderedDictWrapper" else ()
+    if depth:
+        for item in value.values() if isinstance(value, dict) else value:
+            _collect(item, containers, tensors, depth - 1)
 
 
 def _identity(container: Any) -> tuple[Any, ...]:

@@ -1,3 +1,4 @@
+import collections
 import contextlib
 import copy
 import math
@@ -454,6 +455,36 @@ def test_attributes_of_modules_do_not_change(evaluator):
     assert list(copy.deepcopy(model).state_dict()) == ["mask", "inner.weight", "inner.bias"]
 
 
+class KeepsState(nn.Module):
+    """Keeps what its forward changes in containers of all kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(5, 3)
+        self.cache = [(torch.zeros(1), torch.zeros(1))]
+        self.counts = collections.defaultdict(int)
+        self.seen = set()
+        self.nested = {"steps": {"done": []}}
+
+    def forward(self, x):
+        self.cache[0][1].add_(1)
+        self.counts["forward"] += 1
+        self.seen.add(len(self.seen))
+        self.nested["steps"]["done"].append(1)
+        return self.inner(x) * self.cache[0][1] * len(self.seen) * sum(self.nested["steps"]["done"])
+
+
+@pytest.mark.parametrize("evaluator", sorted(EVALUATORS))
+def test_state_in_containers_is_put_back(evaluator):
+    model, x = KeepsState(), torch.randn(12, 5)
+    prev = {p: p.detach() + 0.1 for p in model.parameters()}
+    line = StepLine(prev, dict.fromkeys(prev, ""), window=1)
+    losses = resolve_evaluator(evaluator).losses(model, line, (1.0, 1.0), lambda: model(x).square().mean())
+    assert losses[0] == losses[1]
+    assert model.cache[0][1] == 0
+    assert (dict(model.counts), model.seen, model.nested) == ({}, set(), {"steps": {"done": []}})
+
+
 class OutOfReach(nn.Module):
     """Uses its weight in one of the ways that a stand-in cannot take part in."""
 
@@ -490,6 +521,60 @@ def test_weights_out_of_reach_are_noticed(kind, says):
     with pytest.warns(UserWarning, match=says):
         losses = Auto().losses(model, line, FACTORS_5, lambda: model(x).square().mean())
     assert torch.equal(losses, InPlace().losses(model, line, FACTORS_5, lambda: model(x).square().mean()))
+
+
+class Changing(nn.Module):
+    """Its forward changes a parameter, but only where it is large; another one masks with the lowest number."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(5, 3)
+        self.scale = nn.Parameter(torch.tensor([1.0, 0.9, 0.99]))
+        self.mask = nn.Parameter(torch.tensor([0.0, torch.finfo(torch.float32).min, -0.0]))
+
+    def forward(self, x):
+        with torch.no_grad():
+            if self.scale.max() > 1:
+                self.scale.clamp_(max=1.0)
+        return torch.distributions.Normal(self.inner(x), self.scale).log_prob(x[:, :3]) * self.mask.softmax(0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("evaluator", sorted(EVALUATORS))
+def test_live_weights_come_back_whatever_the_forward_does_to_them(evaluator):
+    model, x = Changing(), torch.randn(12, 5)
+    prev = {p: p.detach() * 0.99 for p in model.parameters()}
+    line = StepLine(prev, dict.fromkeys(prev, ""), window=1)
+    before = [p.detach().clone().view(torch.int32) for p in model.parameters()]
+    with contextlib.suppress(EvaluatorError):
+        resolve_evaluator(evaluator).losses(model, line, FACTORS_5, lambda: model(x).mean())
+    after = [p.detach().view(torch.int32) for p in model.parameters()]
+    assert all(map(torch.equal, before, after))
+
+
+class TwoWays(nn.Module):
+    """Takes another way later, through a part that no torch function is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(5, 1), torch.jit.trace(nn.Linear(5, 1), torch.randn(2, 5))])
+        self.way = 0
+
+    def forward(self, x):
+        return self.heads[self.way](x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("evaluator", ["folded", "stacked", "streamed"])
+def test_another_way_through_the_model_is_checked_too(evaluator):
+    model, x = TwoWays(), torch.randn(12, 5)
+    prev = {p: p.detach() + 0.1 for p in model.parameters()}
+    line = StepLine(prev, dict.fromkeys(prev, ""), window=1)
+    chosen = resolve_evaluator(evaluator)
+    chosen.losses(model, line, FACTORS_5, lambda: model(x).square().mean())
+    model.way = 1
+    with pytest.raises(EvaluatorError, match="replaced|where no torch function"):
+        chosen.losses(model, line, FACTORS_5, lambda: model(x).square().mean())
 
 
 def test_a_parameter_that_is_not_used_is_no_trouble():
