@@ -188,8 +188,8 @@ class AutoLR(LRScheduler):
         Args:
             closure: returns the scalar loss of one batch and does not call backward. It runs only when a probe
                 is due: N times or less, each time with the same random numbers; more often at the first probe, to
-                see that it repeats itself, and to choose and check an evaluator. With ``maximize=True`` a higher value is better. Without a closure no
-                probe is made.
+                see that it repeats itself, and to choose and check an evaluator. With ``maximize=True`` a higher
+                value is better. Without a closure no probe is made.
 
         Raises:
             TypeError: if ``closure`` is not callable.
