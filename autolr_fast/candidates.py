@@ -80,20 +80,13 @@ class Line(Protocol):
     parameters: list[nn.Parameter]
     window: int
 
-    def write(
-        self,
-        factors: Sequence[float],
-        now: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        indices: Sequence[int] | None = None,
-    ) -> None:
+    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
         """Write the candidates of N factors.
 
         Args:
             factors: N scales of the step.
-            now: the (local) parameters as training left them.
-            rows: as many tensors ``[N, *shape]``, written in place.
-            indices: which of the parameters ``now`` and ``rows`` are; all P by default.
+            now: P tensors, the (local) parameters as training left them.
+            rows: P tensors ``[N, *shape]``, written in place.
         """
 
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
@@ -139,15 +132,9 @@ class StepLine:
         self.window = window
         self._prev = [local(before) for before in prev.values()]
 
-    def write(
-        self,
-        factors: Sequence[float],
-        now: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        indices: Sequence[int] | None = None,
-    ) -> None:
+    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
         """Write ``prev + f * (now - prev)``; see :class:`Line`."""
-        ops.stack_candidates(_of(self._prev, indices), now, factors, rows)
+        ops.stack_candidates(self._prev, now, factors, rows)
 
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
         """Write one parameter of one candidate; see :class:`Line`."""
@@ -206,20 +193,14 @@ class GradientLine:
         rates = [torch.as_tensor(group["lr"], dtype=torch.float64, device=device).reshape(()) for group in groups]
         self._rates = torch.stack([rates[group_of[parameter]] for parameter in trained])
 
-    def write(
-        self,
-        factors: Sequence[float],
-        now: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        indices: Sequence[int] | None = None,
-    ) -> None:
+    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
         """Write ``now - f * lr * grad``; see :class:`Line`."""
-        rates = self._rates if indices is None else self._rates[list(indices)]
-        ops.stack_gradient_candidates(now, _of(self._gradients, indices), rates, factors, rows)
+        ops.stack_gradient_candidates(now, self._gradients, self._rates, factors, rows)
 
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
         """Write one parameter of one candidate; see :class:`Line`."""
-        self.write([factor], [now], [out.unsqueeze(0)], [index])
+        rate = self._rates[index : index + 1].to(now.device)
+        ops.write_gradient_candidate(now, self._gradients[index], rate, factor, out)
 
     def coefficients(self, factors: Sequence[float]) -> list[float]:
         """Return the factors; see :class:`Line`."""
@@ -228,10 +209,6 @@ class GradientLine:
     def direction(self, index: int, now: Tensor, out: Tensor | None = None) -> Tensor:
         """Return ``-lr * grad``; see :class:`Line`."""
         return torch.mul(self._gradients[index], -self._rates[index].to(now.device, now.dtype), out=out)
-
-
-def _of(tensors: Sequence[Tensor], indices: Sequence[int] | None) -> Sequence[Tensor]:
-    return tensors if indices is None else [tensors[index] for index in indices]
 
 
 def live_rows(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -91,15 +91,9 @@ class StateLine:
         groups = enumerate(optimizer.param_groups)
         self._groups = {parameter: index for index, group in groups for parameter in group["params"]}
 
-    def write(
-        self,
-        factors: Sequence[float],
-        now: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        indices: Sequence[int] | None = None,
-    ) -> None:
+    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
         """Write ``now + (f - 1) * step``; see :class:`~autolr_fast.candidates.Line`."""
-        for index, value, out in zip(range(len(now)) if indices is None else indices, now, rows, strict=True):
+        for index, (value, out) in enumerate(zip(now, rows, strict=True)):
             step, scale = self._step(index, value)
             rate = torch.tensor([scale], dtype=torch.float64)
             ops.stack_gradient_candidates([value], [step], rate, [1 - factor for factor in factors], [out])
@@ -149,9 +143,10 @@ class StateLine:
         return all(bool(torch.stack(flags).all()) for flags in groups.values())
 
     def _needs_gradient(self, index: int) -> bool:
+        if not isinstance(self._optimizer, SGD):
+            return False
         group = self._optimizer.param_groups[self._groups[self.parameters[index]]]
-        without = isinstance(self._optimizer, SGD) and group["momentum"] and not group["nesterov"]
-        return isinstance(self._optimizer, SGD) and not (without and self.window == 1)
+        return self.window > 1 or not group["momentum"] or group["nesterov"]
 
     def _step(self, index: int, now: Tensor, sampled: bool = False) -> tuple[Tensor, float]:
         """Return a tensor and a number whose product is what the steps added to a parameter."""

@@ -380,7 +380,7 @@ class AutoLR(LRScheduler):
             return rounds, seen._replace(factor=torch.ones_like(seen.factor))
         if line.window and ratio != 1.0:
             for index, row in enumerate(live_rows(line.parameters)):  # one by one: no copy of all is made
-                line.write([ratio], [row[0].clone()], [row], [index])
+                line.write_one(ratio, row[0].clone(), row[0], index)
             self._snapshots.retake(ratio)
         self._rates.set_level(taken * ratio * steady_state(self.optimizer, self._snapshots.warm))
         self._searched = True

@@ -192,8 +192,8 @@ class Snapshots:
         lrs = [group["lr"] for group in optimizer.param_groups]
         if self._state_tells and not any(isinstance(lr, Tensor) for lr in lrs):
             self._lrs = [*self._lrs, lrs][-max(self._cadence.windows) :]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if windows := self._cadence.windows_from(self.steps):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             sampled = self._state_tells and all(tells(optimizer, window) for window in windows)
             # The probe of the first step must not be left out, and ranks must all make one or none.
             sampled = sampled and self.steps > 0 and not is_distributed()

@@ -58,12 +58,12 @@ def test_state_tells_the_steps_taken(name, dtype):
             line = StateLine(optimizer, lrs, window, parameters, set(parameters))
             before = history[step - window]
             assert line.agrees(dict(zip(parameters, map(sample, before), strict=True)))
-            for index, (parameter, prev) in enumerate(zip(parameters, before, strict=True)):
+            all_rows = [torch.empty(len(FACTORS_5), *p.shape, dtype=dtype) for p in parameters]
+            line.write(FACTORS_5, [p.detach() for p in parameters], all_rows)
+            for index, (parameter, prev, rows) in enumerate(zip(parameters, before, all_rows, strict=True)):
                 now, eps = parameter.detach(), torch.finfo(dtype).eps
                 atol = 8 * eps * max(now.abs().max(), prev.abs().max()).item()
                 torch.testing.assert_close(line.direction(index, now), now - prev, rtol=0, atol=atol)
-                rows = torch.empty(len(FACTORS_5), *now.shape, dtype=dtype)
-                line.write(FACTORS_5, [now], [rows], [index])
                 expected = torch.stack([torch.lerp(prev, now, factor) for factor in FACTORS_5])
                 torch.testing.assert_close(rows, expected, rtol=0, atol=4 * atol)
                 assert torch.equal(rows[FACTORS_5.index(1.0)], now)

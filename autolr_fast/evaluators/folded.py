@@ -123,14 +123,21 @@ def _conv(dimensions: int) -> Callable[..., Tensor | None]:
 def _affine(
     mode: _Folding, operator: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> Tensor | None:
-    # Autocast chooses dtypes by function, and knows its own.
-    split = None if torch.is_autocast_enabled(weight.device.type) else mode.split(weight)
-    if split is None or mode.split(input) is not None:
+    split = _split_weight(mode, input, weight)
+    if split is None:
         return None
     bias_now, bias_direction = bias, None
     if bias is not None and (split_bias := mode.split(bias, slot=1)) is not None:
         bias_now, bias_direction = split_bias
     return operator(input, mode.coefficient(split[0]), *split, bias_now, bias_direction, *rest)
+
+
+def _split_weight(mode: _Folding, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the weight's parts, if the operation is linear in it alone and of its own dtype."""
+    # Autocast chooses dtypes by function, and knows its own.
+    if torch.is_autocast_enabled(weight.device.type) or mode.split(input) is not None:
+        return None
+    return mode.split(weight)
 
 
 def _batch_norm(
@@ -158,10 +165,8 @@ def _batch_norm(
 
 
 def _matmul(mode: _Folding, input: Tensor, other: Tensor) -> Tensor | None:
-    if other.dim() != 2 or input.dim() < 2 or torch.is_autocast_enabled(other.device.type):
-        return None
-    split = mode.split(other)
-    if split is None or mode.split(input) is not None:
+    split = _split_weight(mode, input, other) if other.dim() == 2 and input.dim() >= 2 else None
+    if split is None:
         return None
     now, direction = split
     out: Tensor = folding.linear(input, mode.coefficient(now), now.t(), direction.t(), None, None)

@@ -24,13 +24,7 @@ class Nearby:
     def __init__(self, line: Line):
         self.parameters = line.parameters
 
-    def write(
-        self,
-        factors: Sequence[float],
-        now: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        indices: Sequence[int] | None = None,
-    ) -> None:
+    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
         """Write ``now + f * step``; see :class:`~autolr_fast.candidates.Line`."""
         for value, targets in zip(now, rows, strict=True):
             step = _step(value)

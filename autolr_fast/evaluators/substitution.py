@@ -30,8 +30,7 @@ _METADATA = frozenset({
     torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.numel,
 })  # fmt: skip
 # Attributes that are made of a tensor's values; all others are metadata too.
-_VALUES = frozenset(vars(torch.Tensor).get(name) or getattr(torch.Tensor, name)
-                    for name in ("data", "T", "mT", "H", "mH", "real", "imag"))  # fmt: skip
+_VALUES = frozenset(getattr(torch.Tensor, name) for name in ("data", "T", "mT", "H", "mH", "real", "imag"))
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
