@@ -1,7 +1,7 @@
 """Finds the learning rate while a PyTorch training runs."""
 
 from .candidates import Line
-from .evaluators import EVALUATORS, Auto, Evaluator, EvaluatorError, Folded, InPlace, Stacked, Streamed
+from .evaluators import EVALUATORS, Auto, Evaluator, EvaluatorError, Folded, Graphed, InPlace, Stacked, Streamed
 from .isolation import Closure, ClosureError, Isolation
 from .probe import Probe
 from .scheduler import AutoLR
@@ -19,6 +19,7 @@ __all__ = [
     "Evaluator",
     "EvaluatorError",
     "Folded",
+    "Graphed",
     "InPlace",
     "Isolation",
     "Line",

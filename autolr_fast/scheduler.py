@@ -60,7 +60,7 @@ class AutoLR(LRScheduler):
         min_lr: lowest learning rate of any param group, annealing included.
         max_lr: highest learning rate of any param group.
         evaluator: ``"auto"`` (the fastest here, see :class:`~autolr_fast.Auto`), ``"streamed"``, ``"folded"``,
-            ``"stacked"``, ``"inplace"``, or an :class:`~autolr_fast.Evaluator` such as
+            ``"stacked"``, ``"inplace"``, ``"graphed"``, or an :class:`~autolr_fast.Evaluator` such as
             ``Stacked(max_memory=2**30)``. One asked for by name never falls back.
         process_group: the ranks whose losses are averaged before scoring; ``None`` is the default group, where
             ``torch.distributed`` is initialised.

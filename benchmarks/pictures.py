@@ -16,7 +16,7 @@ __all__ = ["PICTURES", "memory", "probe"]
 
 # One colour a method, in every picture.
 _COLOURS = {"auto": "#111111", "inplace": "#56b4e9", "stacked": "#0072b2", "streamed": "#009e73",
-            "folded": "#d55e00", "deep copies": "#b0b0b0", REFERENCE: "#707070"}  # fmt: skip
+            "folded": "#d55e00", "graphed": "#e69f00", "deep copies": "#b0b0b0", REFERENCE: "#707070"}  # fmt: skip
 _FLOOR = "N plain forwards"
 
 

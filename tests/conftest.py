@@ -2,6 +2,10 @@ import hypothesis
 import pytest
 import torch
 
+from autolr_fast.evaluators import Graphed
+
+from .tape import TapeRecorder
+
 hypothesis.settings.register_profile("plain", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("plain")
 
@@ -18,3 +22,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _graphs_on_tape(monkeypatch):
+    """There are no CUDA graphs of tensors on the CPU."""
+    monkeypatch.setattr(Graphed, "_make_recorder", lambda *args: TapeRecorder())

@@ -610,10 +610,8 @@ def test_isolation_runs_all_start_alike():
 
 
 def test_unknown_evaluators():
-    with pytest.raises(
-        ValueError,
-        match="evaluator='fast' is not known: use one of 'auto', 'folded', 'inplace', 'stacked', 'streamed'",
-    ):
+    names = "'auto', 'folded', 'graphed', 'inplace', 'stacked', 'streamed'"
+    with pytest.raises(ValueError, match=f"evaluator='fast' is not known: use one of {names}"):
         resolve_evaluator("fast")
     with pytest.raises(TypeError, match="evaluator=3"):
         resolve_evaluator(3)

@@ -593,7 +593,11 @@ def test_compiled_model_and_step():
         ({"max_lr": None}, ValueError, "max_lr=None"),
         ({"factors": (4, 2)}, ValueError, "one way only"),
         ({"max_lr": 0.01}, ValueError, "lr=0.1 of param group 0 is outside"),
-        ({"evaluator": "quick"}, ValueError, "use one of 'auto', 'folded', 'inplace', 'stacked', 'streamed'"),
+        (
+            {"evaluator": "quick"},
+            ValueError,
+            "use one of 'auto', 'folded', 'graphed', 'inplace', 'stacked', 'streamed'",
+        ),
         ({"model": mlp()}, ValueError, "not a parameter of the model"),
         ({"model": None}, TypeError, "model=None: expected the nn.Module"),
         ({"optimizer": lambda: None}, TypeError, "the closure goes to step"),

@@ -3,6 +3,7 @@
 from .auto import Auto
 from .base import Evaluator, EvaluatorError
 from .folded import Folded
+from .graphed import Graphed
 from .inplace import InPlace
 from .stacked import Stacked
 from .streamed import Streamed
@@ -13,6 +14,7 @@ __all__ = [
     "Evaluator",
     "EvaluatorError",
     "Folded",
+    "Graphed",
     "InPlace",
     "Stacked",
     "Streamed",
@@ -22,6 +24,7 @@ __all__ = [
 EVALUATORS: dict[str, type[Evaluator]] = {
     "auto": Auto,
     "folded": Folded,
+    "graphed": Graphed,
     "inplace": InPlace,
     "stacked": Stacked,
     "streamed": Streamed,

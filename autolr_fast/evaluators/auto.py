@@ -26,7 +26,7 @@ class Auto(Evaluator):
     """The fastest evaluator that serves the model, measured at the first call; on failure :class:`InPlace`.
 
     The first call evaluates the same candidates by each of them: :class:`Streamed`, :class:`Folded`,
-    :class:`InPlace`, :class:`Stacked`, in the order of the memory they need, and a later one must be a tenth
+    :class:`InPlace`, :class:`Stacked`, in the order of the memory they need, and a later one must be 5 %
     faster. Batching is not tried if the candidates take longer than a second one after another.
 
     Nothing is measured under :func:`torch.use_deterministic_algorithms`, since a batched forward rounds
@@ -34,7 +34,7 @@ class Auto(Evaluator):
     all do the same whatever their batches, it is :class:`InPlace`.
     """
 
-    _FASTER = 0.9
+    _FASTER = 0.95
     _TOO_LONG = 1.0  # seconds
 
     def __init__(self) -> None:
