@@ -6,12 +6,14 @@ from .isolation import Closure, ClosureError, Isolation
 from .probe import Probe
 from .scheduler import AutoLR
 from .scoring import FACTORS_3, FACTORS_5, FACTORS_7
+from .tree import ALRTree
 
 __all__ = [
     "EVALUATORS",
     "FACTORS_3",
     "FACTORS_5",
     "FACTORS_7",
+    "ALRTree",
     "Auto",
     "AutoLR",
     "Closure",

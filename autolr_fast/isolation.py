@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from .distributed import reshard
 
-__all__ = ["CALLED_BACKWARD", "REMEDY", "Closure", "ClosureError", "Isolation", "check_repeatable", "scalar_loss"]
+__all__ = [
+    "CALLED_BACKWARD",
+    "REMEDY",
+    "Closure",
+    "ClosureError",
+    "Isolation",
+    "RandomStreams",
+    "check_repeatable",
+    "scalar_loss",
+]
 
 Closure = Callable[[], Tensor]
 """Returns the scalar loss of one batch; does not call backward."""
@@ -56,7 +65,7 @@ class Isolation:
 
     def __enter__(self) -> Isolation:
         self._modules = [_ModuleState(module) for module in self._model.modules()]
-        self._random = [(restore, state()) for state, restore in _random_streams()]
+        self._random = RandomStreams()
         self._gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
         self._frozen = _copy_of_frozen(self._model)
         for parameter, _ in self._gradients:
@@ -92,8 +101,7 @@ class Isolation:
         try:
             yield
         finally:
-            for restore, state in self._random:
-                restore(state)
+            self._random.restore()
             torch.clear_autocast_cache()
             for module in self._modules:
                 module.restore()
@@ -101,6 +109,18 @@ class Isolation:
                 parameter.detach().copy_(value)
             # A forward without a backward leaves whole parameters behind, and they would serve the next forward.
             reshard(self._model)
+
+
+class RandomStreams:
+    """Where torch's (on every initialised device), Python's and NumPy's random-number streams are as it is made."""
+
+    def __init__(self) -> None:
+        self._states = [(restore, state()) for state, restore in _random_streams()]
+
+    def restore(self) -> None:
+        """Put the streams back."""
+        for restore, state in self._states:
+            restore(state)
 
 
 class _ModuleState:

@@ -1,6 +1,7 @@
 // What an operator is given, checked and flattened; shared by the CPU and the CUDA code.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -32,7 +33,7 @@ struct Flat {
 struct Stacked {
   void* param;
   const void* grad;
-  void* buffer;
+  void* buffer;  // param again where no model has momentum: not touched then
   int64_t count;
 };
 
@@ -87,10 +88,13 @@ inline std::vector<Flat> flatten(const std::vector<Tensor>& first, const std::ve
 
 // Check the lists of the SGD step; of one dtype and device.
 inline std::vector<Stacked> flatten_stacked(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-                                            const std::vector<Tensor>& buffers, int64_t rows) {
+                                            const std::vector<Tensor>& buffers, const std::vector<double>& momentum,
+                                            int64_t rows) {
   check_rows(rows);
-  STD_TORCH_CHECK(params.size() == grads.size() && params.size() == buffers.size(),
+  STD_TORCH_CHECK(params.size() == grads.size() && (buffers.empty() || params.size() == buffers.size()),
                   "autolr_fast: lists of unequal length");
+  STD_TORCH_CHECK(!buffers.empty() || std::all_of(momentum.begin(), momentum.end(), [](double m) { return m == 0; }),
+                  "autolr_fast: momentum without momentum_buffers");
   std::vector<Stacked> stacked;
   stacked.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
@@ -104,9 +108,9 @@ inline std::vector<Stacked> flatten_stacked(const std::vector<Tensor>& params, c
                     "autolr_fast: params: rows must follow each other");
     check_dense("params", params[i]);
     check_alike("grads", grads[i], params[i], -1);
-    check_alike("momentum_buffers", buffers[i], params[i], -1);
-    stacked.push_back(
-        {params[i].mutable_data_ptr(), grads[i].const_data_ptr(), buffers[i].mutable_data_ptr(), count});
+    const Tensor& buffer = buffers.empty() ? params[i] : buffers[i];
+    check_alike("momentum_buffers", buffer, params[i], -1);
+    stacked.push_back({params[i].mutable_data_ptr(), grads[i].const_data_ptr(), buffer.mutable_data_ptr(), count});
   }
   return stacked;
 }

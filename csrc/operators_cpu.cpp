@@ -94,6 +94,16 @@ AUTOLR_CLONES void write_gradient_row(const T* __restrict__ now, const T* __rest
 }
 
 template <typename T, typename W>
+AUTOLR_CLONES void plain_sgd_row(const Sgd<W>& settings, const T* __restrict__ grad, int64_t count,
+                                 T* __restrict__ param) {
+  for (int64_t i = 0; i < count; ++i) {
+    W p = static_cast<W>(param[i]), none = 0;
+    sgd_step(settings, false, static_cast<W>(grad[i]), p, none);
+    param[i] = static_cast<T>(p);
+  }
+}
+
+template <typename T, typename W>
 AUTOLR_CLONES void sgd_row(const Sgd<W>& settings, bool first_step, const T* __restrict__ grad, int64_t count,
                            T* __restrict__ param, T* __restrict__ buffer) {
   for (int64_t i = 0; i < count; ++i) {
@@ -176,7 +186,7 @@ void stacked_sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std
                       std::vector<double> lr, std::vector<double> momentum, std::vector<double> weight_decay,
                       std::vector<double> dampening, std::vector<bool> nesterov, bool first_step) {
   const auto rows = static_cast<int64_t>(lr.size());
-  const std::vector<Stacked> parameters = flatten_stacked(params, grads, momentum_buffers, rows);
+  const std::vector<Stacked> parameters = flatten_stacked(params, grads, momentum_buffers, momentum, rows);
   check_settings(rows, {momentum.size(), weight_decay.size(), dampening.size(), nesterov.size()});
   if (parameters.empty()) {
     return;
@@ -190,9 +200,12 @@ void stacked_sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std
         const Sgd<W> settings = sgd<W>(lr[k], momentum[k], weight_decay[k], dampening[k], nesterov[k]);
         const int64_t start = k * parameter.count + offset;
         T* param = static_cast<T*>(parameter.param) + start;
-        T* buffer = static_cast<T*>(parameter.buffer) + start;
         const T* grad = static_cast<const T*>(parameter.grad) + start;
-        sgd_row(settings, first_step, grad, count, param, buffer);
+        if (settings.has_momentum) {
+          sgd_row(settings, first_step, grad, count, param, static_cast<T*>(parameter.buffer) + start);
+        } else {
+          plain_sgd_row(settings, grad, count, param);
+        }
       }
     });
   });

@@ -153,7 +153,7 @@ void stacked_sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std
                       std::vector<double> lr, std::vector<double> momentum, std::vector<double> weight_decay,
                       std::vector<double> dampening, std::vector<bool> nesterov, bool first_step) {
   const auto rows = static_cast<int64_t>(lr.size());
-  const std::vector<Stacked> parameters = flatten_stacked(params, grads, momentum_buffers, rows);
+  const std::vector<Stacked> parameters = flatten_stacked(params, grads, momentum_buffers, momentum, rows);
   check_settings(rows, {momentum.size(), weight_decay.size(), dampening.size(), nesterov.size()});
   if (parameters.empty()) {
     return;

@@ -167,6 +167,21 @@ def test_sgd_is_the_same_on_all_backends(dtype, first_step):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sgd_without_momentum_needs_no_buffers(backend):
+    plain = {"momentum": [0, 0], "dampening": [0, 0], "nesterov": [False, False]}
+    param, grad, untouched = torch.randn(2, 5000), torch.randn(2, 5000), torch.full((2, 5000), math.nan)
+    expected = param * (1 - torch.tensor([[0.1], [0.2]]) * 0.5) - torch.tensor([[0.1], [0.2]]) * grad
+    for buffers in ((), [untouched]):
+        stepped = param.clone()
+        settings = {"lr": [0.1, 0.2], "weight_decay": [0.5, 0.5], "first_step": False, "backend": backend, **plain}
+        ops.stacked_sgd_step([stepped], [grad], buffers, **settings)
+        torch.testing.assert_close(stepped, expected)
+    assert untouched.isnan().all()
+    with pytest.raises(ValueError, match="momentum=.* without momentum_buffers"):
+        ops.stacked_sgd_step([param], [grad], **{**settings, "momentum": [0, 0.9]})
+
+
 LOSSES = [
     [0.9, 1.0, 1.2], [1.0, 1.0, 1.0], [math.nan, 1.0, 2.0], [math.nan] * 3, [math.inf, 2.0, 1.0],
     [-3.0, -2.0, -1.0], [5000.0, 5001.0, 5002.0], [1e-300, 2e-300, 0.0], [-math.inf, 0.5, 0.25],

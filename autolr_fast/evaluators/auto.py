@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..candidates import Line
 from ..distributed import is_distributed
 from ..isolation import Closure
+from ..timing import seconds
 from .base import Evaluator
 from .folded import Folded
 from .inplace import InPlace
@@ -94,7 +95,7 @@ class Auto(Evaluator):
     def _measure(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> None:
         """Replace the choice, which serves, by a faster one."""
         assert self._chosen is not None
-        fastest = _seconds(self._chosen, model, line, factors, closure)
+        fastest = seconds(partial(self._chosen.losses, model, line, factors, closure))
         seen = {self.name: f"{1e3 * fastest:.3g} ms"}
         refused = {}
         for evaluator in (Folded(), InPlace(), Stacked()):
@@ -103,13 +104,13 @@ class Auto(Evaluator):
                 continue
             try:
                 evaluator.losses(model, line, factors, closure)  # checks the model, and warms up
-                seconds = _seconds(evaluator, model, line, factors, closure)
+                taken = seconds(partial(evaluator.losses, model, line, factors, closure))
             except Exception as error:
                 refused[evaluator.name] = _text(error)
                 continue
-            seen[evaluator.name] = f"{1e3 * seconds:.3g} ms"
-            if seconds < self._FASTER * fastest:
-                self._chosen, fastest = evaluator, seconds
+            seen[evaluator.name] = f"{1e3 * taken:.3g} ms"
+            if taken < self._FASTER * fastest:
+                self._chosen, fastest = evaluator, taken
         self._why = ", ".join(f"{name} {measured}" for name, measured in seen.items())
         if "folded" in refused and "stacked" in refused:
             self._warn(f"batching them failed: {refused['folded']}", "streamed")
@@ -130,20 +131,6 @@ class Auto(Evaluator):
             UserWarning,
             stacklevel=2,
         )
-
-
-def _seconds(
-    evaluator: Evaluator, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure
-) -> float:
-    """Return how long the evaluator takes once it is warm."""
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        evaluator.losses(model, line, factors, closure).tolist()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-        if best > 0.1:
-            break
-    return best
 
 
 def _text(error: Exception) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..candidates import Line
 from ..isolation import Closure, Isolation, scalar_loss
+from ..memory import is_out_of_memory
 from .base import Evaluator, EvaluatorError
 from .nearby import Nearby
 from .streamed import Checked, check_reach, stream
@@ -116,7 +117,7 @@ class Batched(Evaluator):
                     chunk_losses, used = self._at_once(model, line, chunk, closure, isolation)
                     losses.append(chunk_losses)
                 except (RuntimeError, MemoryError) as error:
-                    if len(chunk) == 1 or not _is_out_of_memory(error):
+                    if len(chunk) == 1 or not is_out_of_memory(error):
                         raise
                     self._chunk = (len(chunk) + 1) // 2
                     self._release()
@@ -144,7 +145,3 @@ class Batched(Evaluator):
             warnings.filterwarnings("ignore", message="There is a performance drop")
             losses: Tensor = torch.vmap(loss_of, randomness="same")(operands, own)
         return losses.detach(), frozenset(used)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)

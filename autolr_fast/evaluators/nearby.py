@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..candidates import Line
 
-__all__ = ["Nearby"]
+__all__ = ["Nearby", "nearby_step"]
 
 
 class Nearby:
@@ -27,13 +27,13 @@ class Nearby:
     def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
         """Write ``now + f * step``; see :class:`~autolr_fast.candidates.Line`."""
         for value, targets in zip(now, rows, strict=True):
-            step = _step(value)
+            step = nearby_step(value)
             for factor, target in zip(factors, targets.unbind(0), strict=True):
                 torch.add(value, step, alpha=factor, out=target)
 
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
         """Write one parameter; see :class:`~autolr_fast.candidates.Line`."""
-        torch.add(now, _step(now), alpha=factor, out=out)
+        torch.add(now, nearby_step(now), alpha=factor, out=out)
 
     def coefficients(self, factors: Sequence[float]) -> list[float]:
         """Return the factors; see :class:`~autolr_fast.candidates.Line`."""
@@ -41,10 +41,10 @@ class Nearby:
 
     def direction(self, index: int, now: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the step; see :class:`~autolr_fast.candidates.Line`."""
-        return _step(now) if out is None else out.copy_(_step(now))
+        return nearby_step(now) if out is None else out.copy_(nearby_step(now))
 
 
-def _step(now: Tensor) -> Tensor:
+def nearby_step(now: Tensor) -> Tensor:
     """Return up to 10 % of each element, in a wave over them; of a zero, a hundredth."""
     wave = torch.arange(now.numel(), device=now.device).remainder_(17).sub_(8).to(now.dtype).view(now.shape)
     step = torch.where(now == 0, 0.01, now.abs() * (0.0125 * wave + 0.006))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..candidates import Line, StackedBuffer
+from ..memory import check_max_memory, free_memory
 from .batched import Batched
 from .substitution import Substitution
 
@@ -31,10 +29,8 @@ class Stacked(Batched):
     """
 
     def __init__(self, max_memory: int | None = None):
-        if max_memory is not None and (type(max_memory) is not int or max_memory <= 0):
-            raise ValueError(f"max_memory={max_memory!r}: give a positive whole number of bytes, or None")
         super().__init__()
-        self.max_memory = max_memory
+        self.max_memory = check_max_memory(max_memory)
         self._buffer: StackedBuffer | None = None
 
     @property
@@ -44,7 +40,7 @@ class Stacked(Batched):
 
     def _first_chunk(self, line: Line) -> int:
         one = sum(parameter.numel() * parameter.element_size() for parameter in line.parameters)
-        budget = self.max_memory or _free_memory(line.parameters[0].device) // 4
+        budget = self.max_memory or free_memory(line.parameters[0].device) // 4
         return max(1, budget // max(1, one))
 
     def _operands(self, line: Line, factors: Sequence[float]) -> list[Tensor]:
@@ -73,13 +69,3 @@ class _Rows(Substitution):
 
     def stand_in(self, index: int) -> Tensor:
         return self._rows[index]
-
-
-def _free_memory(device: torch.device) -> int:
-    """Return the bytes free on a device; more than there can be where that cannot be told."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return sys.maxsize

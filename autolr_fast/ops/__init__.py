@@ -166,7 +166,7 @@ def stack_gradient_candidates(
 def stacked_sgd_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] = (),
     *,
     lr: Sequence[float],
     momentum: Sequence[float],
@@ -181,7 +181,8 @@ def stacked_sgd_step(
     Args:
         params: P tensors ``[K, *shape]``, updated in place.
         grads: P tensors like them.
-        momentum_buffers: P tensors like them, updated in place; not used for a model without momentum.
+        momentum_buffers: P tensors like them, updated in place, not touched for a model without momentum; may be
+            left out if none has any.
         lr: K learning rates, 1 to 64.
         momentum: K numbers.
         weight_decay: K numbers.
@@ -196,9 +197,9 @@ def stacked_sgd_step(
         BackendError: if the backend asked for cannot serve.
 
     Example:
-        >>> param, grad, buffer = torch.ones(2, 1), torch.ones(2, 1), torch.zeros(2, 1)
+        >>> param, grad = torch.ones(2, 1), torch.ones(2, 1)
         >>> plain = {"momentum": [0, 0], "weight_decay": [0, 0], "dampening": [0, 0], "nesterov": [False, False]}
-        >>> stacked_sgd_step([param], [grad], [buffer], lr=[0.5, 0.25], **plain, first_step=True)
+        >>> stacked_sgd_step([param], [grad], lr=[0.5, 0.25], **plain, first_step=True)
         >>> param.tolist()
         [[0.5], [0.75]]
     """
@@ -207,11 +208,16 @@ def stacked_sgd_step(
     for name, values in settings.items():
         if len(values) != len(lr):
             raise ValueError(f"{name} has {len(values)} values and lr {len(lr)}: give one for each model")
-    stacked = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers}
+    if any(momentum) and not momentum_buffers:
+        raise ValueError(f"momentum={list(momentum)} without momentum_buffers: give one for each of params")
+    stacked = {"params": params, "grads": grads}
+    if momentum_buffers:
+        stacked["momentum_buffers"] = momentum_buffers
     _check_tensors(len(lr), {}, stacked)
     for device, indices in _groups(params):
         rows = _Rows([params[i] for i in indices])
-        buffers = _Rows([momentum_buffers[i] for i in indices], like=rows)
+        present = indices if momentum_buffers else []
+        buffers = _Rows([momentum_buffers[i] for i in present], like=rows if present else None)
         gradients = _Rows([grads[i] for i in indices], like=rows)
         operator = overload("stacked_sgd_step", choose(device.type, backend))
         operator(rows.dense, gradients.dense, buffers.dense, lr, *settings.values(), first_step)

@@ -51,13 +51,13 @@ def _stacked_sgd_step(
     nesterov: Sequence[bool],
     first_step: bool,
 ) -> None:
-    for param, grad, buffer in zip(params, grads, momentum_buffers, strict=True):
+    for param, grad, buffer in zip(params, grads, momentum_buffers or params, strict=True):
         for k in range(len(lr)):
-            p, g, b = _wide(param[k]), _wide(grad[k]), _wide(buffer[k])
+            p, g = _wide(param[k]), _wide(grad[k])
             if weight_decay[k] != 0:
                 g = g + weight_decay[k] * p
             if momentum[k] != 0:
-                b = g if first_step else momentum[k] * b + (1.0 - dampening[k]) * g
+                b = g if first_step else momentum[k] * _wide(buffer[k]) + (1.0 - dampening[k]) * g
                 buffer[k].copy_(b)
                 g = g + momentum[k] * b if nesterov[k] else b
             param[k].copy_(p - lr[k] * g)

@@ -73,7 +73,7 @@ def _stacked_sgd_step(
     first_step: bool,
 ) -> None:
     settings = (*lr, *momentum, *weight_decay, *(1.0 - value for value in dampening), *nesterov)
-    tensors = (params, grads, momentum_buffers)
+    tensors = (params, grads, momentum_buffers or params)  # not touched where there is no momentum
     _launch(_sgd_kernel, tensors, settings, len(lr), models=len(lr), first_step=first_step)
 
 

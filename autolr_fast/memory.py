@@ -1,0 +1,36 @@
+"""What memory there is, and whether it has run out."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+__all__ = ["check_max_memory", "free_memory", "is_out_of_memory"]
+
+
+def check_max_memory(max_memory: int | None) -> int | None:
+    """Return the argument.
+
+    Raises:
+        ValueError: if it is neither a positive whole number of bytes nor ``None``.
+    """
+    if max_memory is not None and (type(max_memory) is not int or max_memory <= 0):
+        raise ValueError(f"max_memory={max_memory!r}: give a positive whole number of bytes, or None")
+    return max_memory
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes free on a device; more than there can be where that cannot be told."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return sys.maxsize
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there was not memory enough, of the host or a device."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)

@@ -1,0 +1,219 @@
+"""Losses and gradients of stacked models on one batch: all in one batched pass, or one after another."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..evaluators.nearby import nearby_step
+from ..evaluators.substitution import run_eagerly
+from ..isolation import RandomStreams
+
+__all__ = [
+    "BatchedPass",
+    "LossFunction",
+    "Pass",
+    "Results",
+    "Rows",
+    "SequentialPass",
+    "changing_buffers",
+    "difference",
+]
+
+LossFunction = Callable[[Any, Any], Tensor]
+"""The scalar mean loss of a model's output and the target."""
+
+
+class Rows(NamedTuple):
+    """Some stacked models.
+
+    Attributes:
+        parameters: P tensors ``[C, *shape]``.
+        buffers: Q tensors ``[C, *shape]``, of the buffers that the forward changes.
+    """
+
+    parameters: Sequence[Tensor]
+    buffers: Sequence[Tensor]
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Return the models ``start`` to ``stop``, in the same memory."""
+        return Rows(*([tensor[start:stop] for tensor in tensors] for tensors in self))
+
+
+class Results(NamedTuple):
+    """What one batch gave C models.
+
+    Attributes:
+        losses: [C].
+        gradients: P tensors ``[C, *shape]``; ``None`` for a parameter that the loss does not depend on.
+        buffers: Q tensors ``[C, *shape]``, the new values.
+    """
+
+    losses: Tensor
+    gradients: Sequence[Tensor | None]
+    buffers: Sequence[Tensor]
+
+
+class Pass(ABC):
+    """Runs stacked models on a batch. It reads them, and changes none.
+
+    Args:
+        model: what they are stacked from; gives all that is not stacked.
+        loss_fn: mean loss of an output and a target.
+        parameters: P names of parameters that are stacked.
+        buffers: Q names of buffers that the forward changes, and that are stacked.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, parameters: Sequence[str], buffers: Sequence[str]):
+        self.model = model
+        self.loss_fn = loss_fn
+        self.parameters = parameters
+        self.buffers = buffers
+
+    @abstractmethod
+    def __call__(self, rows: Rows, x: Any, y: Any) -> Results:
+        """Return losses and gradients.
+
+        Args:
+            rows: C models.
+            x: what the model takes: one object, a tuple or list of arguments, or a dict of keyword arguments.
+            y: the target.
+        """
+
+
+class BatchedPass(Pass):
+    """One ``vmap`` over the models, differentiated as a whole."""
+
+    def __call__(self, rows: Rows, x: Any, y: Any) -> Results:
+        """See :class:`Pass`."""
+        leaves = [tensor.detach().requires_grad_() for tensor in rows.parameters]
+        buffers = [tensor.clone() for tensor in rows.buffers]
+        args, kwargs = _arguments(x)
+
+        def loss_of(leaves: Sequence[Tensor], buffers: Sequence[Tensor]) -> Tensor:
+            values = dict(zip((*self.parameters, *self.buffers), (*leaves, *buffers), strict=True))
+            return _scalar(self.loss_fn(functional_call(self.model, values, args, kwargs), y))
+
+        with torch.enable_grad(), run_eagerly(), warnings.catch_warnings():
+            # An operation that vmap unrolls is right all the same.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            losses: Tensor = torch.vmap(loss_of, randomness="same")(leaves, buffers)
+            gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        return Results(losses.detach(), gradients, buffers)
+
+
+class SequentialPass(Pass):
+    """One model at a time, in a copy of the module that holds its values: right for any module."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, parameters: Sequence[str], buffers: Sequence[str]):
+        super().__init__(copy.deepcopy(model), loss_fn, parameters, buffers)
+        self._live = [self.model.get_parameter(name) for name in parameters]
+
+    def __call__(self, rows: Rows, x: Any, y: Any) -> Results:
+        """See :class:`Pass`; C is 1."""
+        with torch.no_grad():
+            for parameter, row in zip(self._live, rows.parameters, strict=True):
+                parameter.copy_(row[0])
+            for name, row in zip(self.buffers, rows.buffers, strict=True):
+                self.model.get_buffer(name).copy_(row[0])
+        args, kwargs = _arguments(x)
+        with torch.enable_grad(), run_eagerly():
+            loss = _scalar(self.loss_fn(self.model(*args, **kwargs), y))
+            gradients = torch.autograd.grad(loss, self._live, allow_unused=True)
+        return Results(
+            loss.detach().unsqueeze(0),
+            [None if gradient is None else gradient.unsqueeze(0) for gradient in gradients],
+            [self.model.get_buffer(name).detach().clone().unsqueeze(0) for name in self.buffers],
+        )
+
+
+def changing_buffers(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) -> list[str]:
+    """Return the names of the buffers that a forward changes; it runs in a copy of the module."""
+    trial, random = copy.deepcopy(model), RandomStreams()
+    before = {name: buffer.detach().clone() for name, buffer in trial.named_buffers()}
+    args, kwargs = _arguments(x)
+    with torch.no_grad(), run_eagerly():
+        loss_fn(trial(*args, **kwargs), y)
+    random.restore()
+    after = dict(trial.named_buffers())
+    return [name for name, value in before.items() if not torch.equal(value, after[name])]
+
+
+@torch.no_grad()
+def difference(sequential: SequentialPass, batched: BatchedPass, rows: Rows, x: Any, y: Any) -> str | None:
+    """Compare a batched pass with one after another, over two models with weights near given ones.
+
+    Args:
+        sequential: is right.
+        batched: may not be.
+        rows: one model.
+        x: as in :class:`Pass`.
+        y: as in :class:`Pass`.
+
+    Returns:
+        What is different; ``None`` if nothing is.
+    """
+    values = [tensor[0] for tensor in rows.parameters]
+    steps = list(map(nearby_step, values))
+    two = Rows(
+        [torch.stack([value + step, value + 2 * step]) for value, step in zip(values, steps, strict=True)],
+        [buffer.expand(2, *buffer.shape[1:]) for buffer in rows.buffers],
+    )
+    random = RandomStreams()
+    alone = []
+    for k in range(2):
+        alone.append(sequential(two.part(k, k + 1), x, y))
+        random.restore()
+    try:
+        together = batched(two, x, y)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        random.restore()
+    names = ("the loss", *(f"the gradient of {name!r}" for name in batched.parameters), *batched.buffers)
+    for k, expected in enumerate(alone):
+        # What is 0 but for rounding, as is the gradient of a bias before a normalisation, is so next to the others.
+        scale = max((_largest(gradient) for gradient in expected.gradients if gradient is not None), default=0.0)
+        for name, one, other in zip(names, _tensors(together), _tensors(expected), strict=True):
+            if (one is None) != (other is None) or (
+                one is not None and other is not None and not _are_close(one[k], other[0], scale)
+            ):
+                return f"batched, {name} of a test model is another: vmap treats an operation differently"
+    return None
+
+
+def _tensors(results: Results) -> Iterator[Tensor | None]:
+    yield results.losses
+    yield from results.gradients
+    yield from results.buffers
+
+
+def _are_close(a: Tensor, b: Tensor, scale: float) -> bool:
+    exact = a.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(a.device.type)
+    tolerance = 1e-3 if exact else 5e-2
+    allowed = tolerance * (_largest(b) + 1e-2 * scale)
+    return torch.allclose(a.double(), b.double(), rtol=tolerance, atol=allowed, equal_nan=True)
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.is_floating_point() and tensor.numel() else 0.0
+
+
+def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(x, dict):
+        return (), x
+    return (tuple(x) if isinstance(x, (tuple, list)) else (x,)), {}
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+        raise TypeError(f"loss_fn returned {what}: return the mean loss of the batch, a scalar tensor")
+    return loss.reshape(())

@@ -1,0 +1,106 @@
+"""Branches shared out to ranks: each trains its own, and all get the survivors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed import ProcessGroup, is_distributed
+
+__all__ = ["Ranks"]
+
+
+class Ranks:
+    """The ranks that share a search; this process alone where ``torch.distributed`` is not initialised.
+
+    How long one waits for another is the group's ``timeout``.
+
+    Args:
+        process_group: ``None`` is the default group.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None = None):
+        self._group = process_group
+        self.count = dist.get_world_size(process_group) if is_distributed() else 1
+        self.rank = dist.get_rank(process_group) if is_distributed() else 0
+        # What the ranks tell each other, besides tensors of the models, is where the backend takes it.
+        self._device = "cuda" if self.count > 1 and "nccl" in dist.get_backend(process_group) else "cpu"
+
+    def share(self, branches: int, rank: int | None = None) -> range:
+        """Return the indices of the branches that a rank trains, by default this one; the first have one more."""
+        rank = self.rank if rank is None else rank
+        each, more = divmod(branches, self.count)
+        start = rank * each + min(rank, more)
+        return range(start, start + each + (rank < more))
+
+    def gather(self, losses: Tensor, branches: int) -> list[float]:
+        """Return the losses of all branches.
+
+        Args:
+            losses: float64, of this rank's share.
+            branches: how many there are on all ranks.
+
+        Raises:
+            RuntimeError: if a rank is gone; names it.
+        """
+        if self.count == 1:
+            return losses.tolist()
+        losses = losses.to(self._device)
+        parts = [losses.new_empty(len(self.share(branches, rank))) for rank in range(self.count)]
+        parts[self.rank] = losses
+        # Not a collective: if that fails, nobody can tell by whom. One more number, as a share may be empty.
+        message = torch.cat([losses.new_zeros(1), losses])
+        answers = [torch.cat([part.new_empty(1), part]) for part in parts]
+        gone: dict[int, str] = {}
+        works = []
+        for rank in range(self.count):
+            if rank != self.rank:
+                try:
+                    works.append((rank, dist.isend(message, group=self._group, group_dst=rank)))
+                    works.append((rank, dist.irecv(answers[rank], group=self._group, group_src=rank)))
+                except RuntimeError as error:
+                    gone.setdefault(rank, str(error))
+        for rank, work in works:
+            try:
+                assert work is not None  # this process is one of the group
+                work.wait()
+            except RuntimeError as error:
+                gone.setdefault(rank, str(error))
+        if gone:
+            ranks = ", ".join(map(str, gone))
+            raise RuntimeError(
+                f"rank {ranks} did not end the epoch (rank {self.rank} saw: {next(iter(gone.values()))}). Load the "
+                "state that was saved after an epoch, on any number of ranks, to go on from there"
+            )
+        answers[self.rank] = message
+        return torch.cat([answer[1:] for answer in answers]).tolist()
+
+    def spread(self, tensors: Sequence[Tensor], survivors: Sequence[int], branches: int) -> None:
+        """Let the first rows of stacked tensors be the survivors', on every rank.
+
+        Args:
+            tensors: ``[capacity, *shape]``, whose first rows are this rank's share of the branches.
+            survivors: their indices, best first.
+            branches: how many there are on all ranks.
+        """
+        owners = {index: rank for rank in range(self.count) for index in self.share(branches, rank)}
+        first = self.share(branches).start
+        for tensor in tensors:
+            kept = tensor.new_empty((len(survivors), *tensor.shape[1:]))
+            for row, index in zip(kept, survivors, strict=True):
+                if owners[index] == self.rank:
+                    row.copy_(tensor[index - first])
+                if self.count > 1:
+                    dist.broadcast(row, group=self._group, group_src=owners[index])
+            tensor[: len(survivors)] = kept
+
+    def first(self, numbers: list[int]) -> list[int]:
+        """Return the first rank's numbers, as many on every rank."""
+        if self.count == 1:
+            return numbers
+        told = torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        dist.broadcast(told, group=self._group, group_src=0)
+        return told.tolist()

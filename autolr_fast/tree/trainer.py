@@ -1,0 +1,165 @@
+"""Steps of stacked models: which pass computes the gradients, and of how many models at once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..isolation import RandomStreams
+from ..memory import check_max_memory, free_memory, is_out_of_memory
+from ..timing import seconds
+from .passes import BatchedPass, LossFunction, Pass, SequentialPass, difference
+from .stack import Stack
+
+__all__ = ["METHODS", "Trainer"]
+
+METHODS = ("auto", "batched", "sequential")
+
+
+class Trainer:
+    """Trains the models of a stack on one batch after another; all see the same dropout masks.
+
+    Args:
+        model: what they are stacked from.
+        loss_fn: mean loss of an output and a target.
+        method: ``"batched"``: as many models in one pass as memory allows. ``"sequential"``: one after another.
+            ``"auto"``: the faster one, measured at the first batch (under
+            :func:`torch.use_deterministic_algorithms` batched, without measuring), or sequential if a model cannot
+            be batched.
+        max_memory: bytes for the gradients of one pass; by default a quarter of what is free at the first batch.
+
+    Raises:
+        ValueError: if an argument is not one of these.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, method: str, max_memory: int | None):
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} is not known: use one of {', '.join(map(repr, METHODS))}")
+        self._model = model
+        self._loss_fn = loss_fn
+        self._asked = method
+        self._max_memory = check_max_memory(max_memory)
+        self._pass: Pass | None = None
+        self._chunk = 1
+        self._why = ""
+
+    def __repr__(self) -> str:
+        return f"{self.method!r}{self._why and f' (auto: {self._why})'}"
+
+    @property
+    def method(self) -> str:
+        """What runs: ``"batched"`` or ``"sequential"``; what was asked for until that is chosen."""
+        if self._pass is None:
+            return self._asked
+        return "batched" if isinstance(self._pass, BatchedPass) else "sequential"
+
+    def step(self, stack: Stack, lrs: Sequence[float], x: Any, y: Any) -> Tensor:
+        """Take an optimizer step with each model.
+
+        Args:
+            stack: C models.
+            lrs: C learning rates.
+            x: what a model takes.
+            y: the target.
+
+        Returns:
+            Their losses before the step, [C].
+
+        Raises:
+            RuntimeError: if ``method="batched"`` was asked for and does not serve.
+        """
+        if not stack.count:
+            return torch.empty(0)
+        if self._pass is None:
+            self._choose(stack, x, y)
+        assert self._pass is not None
+        random = RandomStreams()
+        losses: list[Tensor] = []
+        done = 0
+        while done < stack.count:
+            if done:
+                random.restore()
+            stop = min(done + self._chunk, stack.count)
+            try:
+                results = self._pass(stack.rows(done, stop), x, y)
+            except (RuntimeError, MemoryError) as error:
+                if stop - done == 1 or not is_out_of_memory(error):
+                    raise
+                self._chunk = (stop - done + 1) // 2
+                random.restore()
+                continue
+            stack.step(done, stop, results, lrs[done:stop])
+            losses.append(results.losses)
+            done = stop
+        stack.count_step(results)
+        return torch.cat(losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the choice: a resumed run must not choose anew."""
+        chosen = None if self._pass is None else self.method
+        return {"method": chosen, "why": self._why, "chunk": self._chunk}
+
+    def load_state_dict(self, state: dict[str, Any], stack: Stack | None) -> None:
+        """Take over what :meth:`state_dict` returned; the stack is the one that it goes with."""
+        self._pass, self._why, self._chunk = None, state["why"], state["chunk"]
+        if state["method"] is not None and stack is not None:
+            kind = BatchedPass if state["method"] == "batched" else SequentialPass
+            self._pass = kind(self._model, self._loss_fn, stack.parameters, stack.buffers)
+
+    def _choose(self, stack: Stack, x: Any, y: Any) -> None:
+        names = (self._model, self._loss_fn, stack.parameters, stack.buffers)
+        sequential = SequentialPass(*names)
+        if self._asked == "sequential":
+            self._pass, self._chunk = sequential, 1
+            return
+        batched = BatchedPass(*names)
+        self._pass, self._chunk = batched, self._first_chunk(stack)
+        reason = difference(sequential, batched, stack.rows(0, 1), x, y)
+        if reason is not None:
+            if self._asked == "batched":
+                self._pass = None
+                raise RuntimeError(
+                    f"method='batched' cannot serve {type(self._model).__name__}: {reason} (method='sequential' "
+                    "works with any model, 'auto' uses what works)"
+                )
+            self._pass, self._chunk, self._why = sequential, 1, reason
+            warnings.warn(
+                f"ALRTree trains its branches one after another, since {reason}. Pass method='sequential' to "
+                "choose that and silence this.",
+                UserWarning,
+                stacklevel=2,
+            )
+        elif self._asked == "auto" and stack.count > 1 and not torch.are_deterministic_algorithms_enabled():
+            self._measure(sequential, batched, stack, x, y)
+
+    def _measure(self, sequential: SequentialPass, batched: BatchedPass, stack: Stack, x: Any, y: Any) -> None:
+        random = RandomStreams()
+        one = self._seconds(sequential, stack, 1, x, y)
+        while True:
+            count = min(self._chunk, stack.count)
+            try:
+                each = self._seconds(batched, stack, count, x, y) / count
+                break
+            except (RuntimeError, MemoryError) as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+                self._chunk = (count + 1) // 2
+        random.restore()
+        self._why = f"a model takes {1e3 * each:.3g} ms batched, {1e3 * one:.3g} ms alone"
+        if one <= each:
+            self._pass, self._chunk = sequential, 1
+
+    @staticmethod
+    def _seconds(kind: Pass, stack: Stack, count: int, x: Any, y: Any) -> float:
+        return seconds(lambda: kind(stack.rows(0, count), x, y).losses)
+
+    def _first_chunk(self, stack: Stack) -> int:
+        rows = stack.rows(0, 1).parameters
+        gradients = sum(tensor.numel() * tensor.element_size() for tensor in rows)
+        budget = self._max_memory or free_memory(rows[0].device) // 4
+        return min(max(1, budget // max(1, gradients)), sys.maxsize)
