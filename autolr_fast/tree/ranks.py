@@ -97,10 +97,10 @@ class Ranks:
                     dist.broadcast(row, group=self._group, group_src=owners[index])
             tensor[: len(survivors)] = kept
 
-    def first(self, numbers: list[int]) -> list[int]:
-        """Return the first rank's numbers, as many on every rank."""
+    def first(self, tensor: Tensor) -> Tensor:
+        """Return the first rank's values of a tensor on the host that every rank has."""
         if self.count == 1:
-            return numbers
-        told = torch.tensor(numbers, dtype=torch.int64, device=self._device)
+            return tensor
+        told = tensor.to(self._device, copy=True)
         dist.broadcast(told, group=self._group, group_src=0)
-        return told.tolist()
+        return told.cpu()

@@ -228,7 +228,11 @@ class ALRTree:
         branches = [branch._replace(loss=loss) for branch, loss in zip(open_branches, losses, strict=True)]
         self._ranks.spread(self._stack.tensors(), survivors, len(branches))
         self._stack.count = len(survivors)
-        self._stack.taken = self._ranks.first(self._stack.taken)
+        # A rank without branches took no steps and drew no masks.
+        self._stack.taken = self._ranks.first(torch.tensor(self._stack.taken)).tolist()
+        random = random_state(self._stack.device, self._generator)
+        random = {name: self._ranks.first(state) for name, state in random.items()}
+        set_random_state(random, self._stack.device, self._generator)
         self._stack.put(0, self.model)
         self._lrs = [branches[index].lr for index in survivors]
         self.history.append(Epoch(self.epoch + 1, tuple(branches), survivors))
