@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,24 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LR
 from .plotting import Curve, plot_runs
 from .scheduler import AutoLR
 
-__all__ = ["BASELINES", "Digits", "Run", "load_digits", "main", "network", "table", "train"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "BASELINES",
+    "Digits",
+    "Run",
+    "describe",
+    "evaluate",
+    "load_digits",
+    "main",
+    "network",
+    "table",
+    "train",
+    "write",
+]
 
 BASELINES: Mapping[str, Callable[[Optimizer, int], LRScheduler]] = {
     "constant": lambda optimizer, total: ConstantLR(optimizer, factor=1.0),
@@ -99,9 +116,7 @@ def main(args: argparse.Namespace) -> None:
             setting = {"optimizer": args.optimizer, "lr": lr, "total_steps": total, "seed": args.seed}
             runs.append(train(digits, schedule, **setting, progress=progress.update))
 
-    command = f"python -m autolr_fast demo --optimizer {args.optimizer} --epochs {args.epochs} --seed {args.seed}"
-    command += " --lr " + " ".join(f"{lr:g}" for lr in args.lr)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    command, machine = describe(args)
     text = f"{table(runs)}\n\n`{command}` ({machine})\n"
     print(text)
     figure = plot_runs(
@@ -109,12 +124,23 @@ def main(args: argparse.Namespace) -> None:
         title=f"A small network on digits, {args.optimizer.upper()}, from {len(args.lr)} learning rates",
         footer=f"{command}   ({machine})",
     )
-    for path, save in (
-        (args.out, lambda path: figure.savefig(path, dpi=150)),
-        (args.out.with_suffix(".md"), lambda path: path.write_text(text, encoding="utf-8")),
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(path)
+    write(args.out, figure, text)
+
+
+def describe(args: argparse.Namespace) -> tuple[str, str]:
+    """Return the command line that does the same again, and what it runs on."""
+    command = "python -m autolr_fast demo" + " --tree" * args.tree
+    command += f" --optimizer {args.optimizer} --epochs {args.epochs} --seed {args.seed}"
+    command += " --lr " + " ".join(f"{lr:g}" for lr in args.lr)
+    return command, f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def write(out: Path, figure: Figure, text: str) -> None:
+    """Write a picture, and a text beside it as .md."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    for path in (out, out.with_suffix(".md")):
         print(f"wrote {path}")
 
 
@@ -171,7 +197,7 @@ def train(
     else:
         scheduler = BASELINES[schedule](optim, total_steps)
 
-    steps, lrs, losses = [0], [lr], [_evaluate(model, *digits.validation)[0]]
+    steps, lrs, losses = [0], [lr], [evaluate(model, *digits.validation)[0]]
     training = scheduling = 0.0
     for step in range(1, total_steps + 1):
         start = time.perf_counter()
@@ -189,10 +215,10 @@ def train(
         if step % _VALIDATE_EVERY == 0 or step == total_steps:
             steps.append(step)
             lrs.append(optim.param_groups[0]["lr"])
-            losses.append(_evaluate(model, *digits.validation)[0])
+            losses.append(evaluate(model, *digits.validation)[0])
         progress()
 
-    loss, accuracy = _evaluate(model, *digits.test)
+    loss, accuracy = evaluate(model, *digits.test)
     return Run(
         Curve(schedule, steps, lrs, losses),
         lr0=lr,
@@ -233,8 +259,8 @@ def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return mean cross-entropy and accuracy."""
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return mean cross-entropy and accuracy of a model that is being trained."""
     model.eval()
     logits = model(images)
     model.train()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Curve", "plot_runs"]
+    from .tree import Branch, Epoch
+
+__all__ = ["Curve", "plot_runs", "plot_tree"]
 
 
 class Curve(NamedTuple):
@@ -89,6 +91,79 @@ def plot_runs(curves: Sequence[Curve], *, title: str, loss: str = "validation lo
     figure.suptitle(title)
     figure.supxlabel(footer, fontsize=7, color="0.4")
     return figure
+
+
+def plot_tree(history: Sequence[Epoch], *, title: str, footer: str = "") -> Figure:
+    """Draw a search over learning rates: every branch from its parent's rate to its own, and what losses they had.
+
+    Pruned branches are faded, those that went on are drawn through, and the line to the last best model stands out.
+    A branch without a finite loss is a cross.
+
+    Args:
+        history: E epochs, as :attr:`autolr_fast.ALRTree.history` has them.
+        title: over both panels.
+        footer: small print under the panels.
+
+    Returns:
+        A figure; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        ValueError: if there are no epochs.
+
+    Example:
+        >>> from autolr_fast.tree import Branch, Epoch
+        >>> epoch = Epoch(1, (Branch(0, 0.2, 0.5), Branch(0, 0.05, 0.9)), survivors=(0,))
+        >>> [axes.get_ylabel() for axes in plot_tree([epoch], title="one epoch").axes]
+        ['learning rate', 'training loss']
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415, an optional dependency
+
+    if not history:
+        raise ValueError("history=[] is empty: train an epoch first")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    best = _line_to_the_best(history)
+    beams: list[Branch] = []  # of the first epoch nothing is known
+    for epoch, on_best in zip(history, best, strict=True):
+        for index, branch in enumerate(epoch.branches):
+            style = _branch_style(index == on_best, index in epoch.survivors)
+            line = [beams[branch.parent], branch] if beams else [branch]
+            x = range(epoch.number - len(line) + 1, epoch.number + 1)
+            left.plot(x, [point.lr for point in line], marker="o", markersize=3, **style)
+            if isfinite(branch.loss):
+                right.plot(x, [point.loss for point in line], marker="o", markersize=3, **style)
+            else:
+                left.plot(epoch.number, branch.lr, marker="x", color=_HIGHLIGHT, zorder=4.0)
+        beams = [epoch.branches[index] for index in epoch.survivors]
+    for axes in (left, right):
+        axes.set(xlabel="epoch", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set(ylabel="learning rate")
+    right.set(ylabel="training loss")
+    for label, is_best, survives in (("best", True, True), ("went on", False, True), ("pruned", False, False)):
+        left.plot([], [], label=label, **_branch_style(is_best, survives))
+    figure.legend(loc="outside right center", frameon=False)
+    figure.suptitle(title)
+    figure.supxlabel(footer, fontsize=7, color="0.4")
+    return figure
+
+
+def _line_to_the_best(history: Sequence[Epoch]) -> list[int]:
+    """Return the index of the branch of each epoch that the last best one grew from, or is."""
+    line = [history[-1].survivors[0]]
+    for before, epoch in zip(reversed(history[:-1]), reversed(history[1:]), strict=True):
+        line.append(before.survivors[epoch.branches[line[-1]].parent])
+    return line[::-1]
+
+
+def _branch_style(is_best: bool, survives: bool) -> dict[str, Any]:
+    if is_best:
+        return {"color": _HIGHLIGHT, "linewidth": 2.0, "zorder": 3.0}
+    if survives:
+        return {"color": _COLORS[2], "linewidth": 1.5, "zorder": 2.0}
+    return {"color": _COLORS[0], "linewidth": 0.8, "alpha": 0.45}
 
 
 _HIGHLIGHT = "#c1121f"

@@ -36,6 +36,24 @@ def test_demo_trains_every_schedule_from_every_start(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_demo_of_the_tree(tmp_path, capsys, optimizer):
+    out = tmp_path / "tree.png"
+    starts = ["0.001", "0.1"]
+    main(["demo", "--tree", "--lr", *starts, "--epochs", "4", "--optimizer", optimizer, "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert out.read_bytes().startswith(b"\x89PNG")
+    text = out.with_suffix(".md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:1] == "|"][2:]
+    assert [row[:2] for row in rows] == [["1", "6"], ["2", "6"], ["3", "6"], ["4", "6"]]
+    losses = [float(row[3]) for row in rows]
+    assert losses == sorted(losses, reverse=True)
+    accuracy = float(text.partition("Test accuracy of the best model ")[2].partition("%")[0])
+    assert accuracy > 90
+    assert f"demo --tree --optimizer {optimizer} --epochs 4 --seed 0 --lr 0.001 0.1`" in text
+    assert all(line in printed for line in text.splitlines() if line[:1] == "|")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_autolr_learns_the_digits_from_a_start_where_cosine_does_not(optimizer):
     digits = demo.load_digits(seed=0)
     setting = {"optimizer": optimizer, "lr": 1e-5, "total_steps": 132, "seed": 0}

@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from autolr_fast.plotting import Curve, plot_runs
+from autolr_fast.plotting import Curve, plot_runs, plot_tree
+from autolr_fast.tree import Branch, Epoch
 
 pytest.importorskip("matplotlib")
 
@@ -42,3 +43,41 @@ def test_a_line_for_each_run_and_a_legend_entry_for_each_label(tmp_path):
 def test_bad_curves(curves, says):
     with pytest.raises(ValueError, match=says):
         plot_runs(curves, title="")
+
+
+HISTORY = [
+    Epoch(1, (Branch(0, 0.2, 0.9), Branch(0, 0.1, 0.8), Branch(0, 0.05, math.nan)), survivors=(1, 0)),
+    Epoch(
+        2, (Branch(0, 0.2, 0.5), Branch(0, 0.05, 0.7), Branch(1, 0.4, 0.3), Branch(1, 0.1, 0.6)), survivors=(2, 0)
+    ),
+]
+
+
+def test_branches_start_from_their_parents(tmp_path):
+    figure = plot_tree(HISTORY, title="title", footer="python -m something")
+    left, right = figure.axes
+    drawn = {
+        (tuple(line.get_xdata()), tuple(line.get_ydata())): line for line in left.lines if len(line.get_xdata())
+    }
+    assert set(drawn) == {
+        ((1,), (0.2,)), ((1,), (0.1,)), ((1,), (0.05,)),
+        ((1, 2), (0.1, 0.2)), ((1, 2), (0.1, 0.05)), ((1, 2), (0.2, 0.4)), ((1, 2), (0.2, 0.1)),
+    }  # fmt: skip
+    best = [drawn[(1,), (0.2,)], drawn[(1, 2), (0.2, 0.4)]]  # the second beam's branch won
+    pruned = [drawn[(1, 2), (0.1, 0.05)], drawn[(1, 2), (0.2, 0.1)]]
+    went_on = [drawn[(1,), (0.1,)], drawn[(1, 2), (0.1, 0.2)]]
+    assert len({line.get_color() for line in best + pruned + went_on}) == 3
+    for alike in (best, pruned, went_on):
+        assert len({(line.get_color(), line.get_alpha()) for line in alike}) == 1
+    assert pruned[0].get_alpha() < 1
+    assert [list(line.get_ydata()) for line in right.lines] == [
+        [0.9], [0.8], [0.8, 0.5], [0.8, 0.7], [0.9, 0.3], [0.9, 0.6],
+    ]  # fmt: skip
+    assert [line.get_marker() for line in left.lines].count("x") == 1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["best", "went on", "pruned"]
+    figure.savefig(tmp_path / "tree.png")
+
+
+def test_no_history():
+    with pytest.raises(ValueError, match="train an epoch first"):
+        plot_tree([], title="")
