@@ -1,0 +1,34 @@
+import re
+
+import pytest
+import torch
+
+from examples import alr_tree
+
+from .test_paper_train import write_shard
+
+pytest.importorskip("sklearn")
+
+
+def epochs_of(printed):
+    return [(int(epoch), float(share)) for epoch, share in re.findall(r"epoch (\d+): .* accuracy (.*)%", printed)]
+
+
+def test_tree_on_digits_goes_on_from_its_checkpoint(tmp_path, capsys):
+    checkpoint = tmp_path / "tree.pt"
+    argv = ["--lr", "0.01", "0.1", "--checkpoint", str(checkpoint), "--epochs"]
+    alr_tree.main([*argv, "2"])
+    assert [epoch for epoch, _ in epochs_of(capsys.readouterr().out)] == [1, 2]
+    torch.rand(3)
+    alr_tree.main([*argv, "4"])
+    epochs = epochs_of(capsys.readouterr().out)
+    assert [epoch for epoch, _ in epochs] == [3, 4]
+    assert epochs[-1][1] > 90
+
+
+def test_tree_on_images(tmp_path, capsys, monkeypatch):
+    write_shard(tmp_path / "train-0.parquet", 30, seed=1)
+    write_shard(tmp_path / "test-0.parquet", 10, seed=2)
+    monkeypatch.chdir(tmp_path)
+    alr_tree.main(["--data", str(tmp_path), "--epochs", "1", "--batch-size", "16"])
+    assert len(epochs_of(capsys.readouterr().out)) == 1
