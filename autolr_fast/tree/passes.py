@@ -133,6 +133,14 @@ class SequentialPass(Pass):
             [self.model.get_buffer(name).detach().clone().unsqueeze(0) for name in self.buffers],
         )
 
+    @torch.no_grad()
+    def move_nearby(self, rows: Rows) -> Rows:
+        """Give the module weights near those of one model, and return them as rows, in the same memory."""
+        for parameter, row in zip(self._live, rows.parameters, strict=True):
+            parameter.copy_(row[0])
+            parameter.add_(nearby_step(parameter))
+        return Rows([parameter.detach().unsqueeze(0) for parameter in self._live], rows.buffers)
+
 
 def changing_buffers(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) -> list[str]:
     """Return the names of the buffers that a forward changes; it runs in a copy of the module."""
@@ -146,9 +154,8 @@ def changing_buffers(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) ->
     return [name for name, value in before.items() if not torch.equal(value, after[name])]
 
 
-@torch.no_grad()
 def difference(sequential: SequentialPass, batched: BatchedPass, rows: Rows, x: Any, y: Any) -> str | None:
-    """Compare a batched pass with one after another, over two models with weights near given ones.
+    """Compare a batched pass with one that is right, of a model with weights near a given one's.
 
     Args:
         sequential: is right.
@@ -160,32 +167,24 @@ def difference(sequential: SequentialPass, batched: BatchedPass, rows: Rows, x: 
     Returns:
         What is different; ``None`` if nothing is.
     """
-    values = [tensor[0] for tensor in rows.parameters]
-    steps = list(map(nearby_step, values))
-    two = Rows(
-        [torch.stack([value + step, value + 2 * step]) for value, step in zip(values, steps, strict=True)],
-        [buffer.expand(2, *buffer.shape[1:]) for buffer in rows.buffers],
-    )
+    nearby = sequential.move_nearby(rows)
     random = RandomStreams()
-    alone = []
-    for k in range(2):
-        alone.append(sequential(two.part(k, k + 1), x, y))
-        random.restore()
+    expected = sequential(nearby, x, y)
+    random.restore()
     try:
-        together = batched(two, x, y)
+        seen = batched(nearby, x, y)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
         random.restore()
     names = ("the loss", *(f"the gradient of {name!r}" for name in batched.parameters), *batched.buffers)
-    for k, expected in enumerate(alone):
-        # What is 0 but for rounding, as is the gradient of a bias before a normalisation, is so next to the others.
-        scale = max((_largest(gradient) for gradient in expected.gradients if gradient is not None), default=0.0)
-        for name, one, other in zip(names, _tensors(together), _tensors(expected), strict=True):
-            if (one is None) != (other is None) or (
-                one is not None and other is not None and not _are_close(one[k], other[0], scale)
-            ):
-                return f"batched, {name} of a test model is another: vmap treats an operation differently"
+    # What is 0 but for rounding, as is the gradient of a bias before a normalisation, is so next to the others.
+    scale = max((_largest(gradient) for gradient in expected.gradients if gradient is not None), default=0.0)
+    for name, one, other in zip(names, _tensors(seen), _tensors(expected), strict=True):
+        if (one is None) != (other is None) or (
+            one is not None and other is not None and not _are_close(one, other, scale)
+        ):
+            return f"batched, {name} of a test model is another: vmap treats an operation differently"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -113,33 +113,35 @@ class Trainer:
 
     def _choose(self, stack: Stack, x: Any, y: Any) -> None:
         names = (self._model, self._loss_fn, stack.parameters, stack.buffers)
+        self._chunk = 1
         sequential = SequentialPass(*names)
         if self._asked == "sequential":
-            self._pass, self._chunk = sequential, 1
+            self._pass = sequential
             return
         batched = BatchedPass(*names)
-        self._pass, self._chunk = batched, self._first_chunk(stack)
-        reason = difference(sequential, batched, stack.rows(0, 1), x, y)
-        if reason is not None:
+        if (reason := difference(sequential, batched, stack.rows(0, 1), x, y)) is not None:
             if self._asked == "batched":
-                self._pass = None
                 raise RuntimeError(
                     f"method='batched' cannot serve {type(self._model).__name__}: {reason} (method='sequential' "
                     "works with any model, 'auto' uses what works)"
                 )
-            self._pass, self._chunk, self._why = sequential, 1, reason
+            self._pass, self._why = sequential, reason
             warnings.warn(
                 f"ALRTree trains its branches one after another, since {reason}. Pass method='sequential' to "
                 "choose that and silence this.",
                 UserWarning,
                 stacklevel=2,
             )
-        elif self._asked == "auto" and stack.count > 1 and not torch.are_deterministic_algorithms_enabled():
-            self._measure(sequential, batched, stack, x, y)
+            return
+        measures = self._asked == "auto" and stack.count > 1 and not torch.are_deterministic_algorithms_enabled()
+        alone = self._seconds(sequential, stack, 1, x, y) if measures else math.inf
+        del sequential  # its copy of the model: the batched pass needs the memory
+        self._pass, self._chunk = batched, self._first_chunk(stack)
+        if measures and alone <= self._measure(batched, stack, x, y, alone):
+            self._pass, self._chunk = SequentialPass(*names), 1
 
-    def _measure(self, sequential: SequentialPass, batched: BatchedPass, stack: Stack, x: Any, y: Any) -> None:
-        random = RandomStreams()
-        one = self._seconds(sequential, stack, 1, x, y)
+    def _measure(self, batched: BatchedPass, stack: Stack, x: Any, y: Any, alone: float) -> float:
+        """Return the seconds that a model takes of a batched pass; alone it takes as many as given."""
         while True:
             count = min(self._chunk, stack.count)
             try:
@@ -149,17 +151,18 @@ class Trainer:
                 if count == 1 or not is_out_of_memory(error):
                     raise
                 self._chunk = (count + 1) // 2
-        random.restore()
-        self._why = f"a model takes {1e3 * each:.3g} ms batched, {1e3 * one:.3g} ms alone"
-        if one <= each:
-            self._pass, self._chunk = sequential, 1
+        self._why = f"a model takes {1e3 * each:.3g} ms batched, {1e3 * alone:.3g} ms alone"
+        return each
 
     @staticmethod
     def _seconds(kind: Pass, stack: Stack, count: int, x: Any, y: Any) -> float:
-        return seconds(lambda: kind(stack.rows(0, count), x, y).losses)
+        random = RandomStreams()
+        taken = seconds(lambda: kind(stack.rows(0, count), x, y).losses)
+        random.restore()
+        return taken
 
     def _first_chunk(self, stack: Stack) -> int:
         rows = stack.rows(0, 1).parameters
         gradients = sum(tensor.numel() * tensor.element_size() for tensor in rows)
         budget = self._max_memory or free_memory(rows[0].device) // 4
-        return min(max(1, budget // max(1, gradients)), sys.maxsize)
+        return max(1, budget // max(1, gradients))
