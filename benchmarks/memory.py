@@ -27,7 +27,7 @@ from .baselines import BASELINES
 from .problems import SEED, Problem, make_problem
 from .report import write
 
-__all__ = ["main", "measure"]
+__all__ = ["Seen", "about", "in_fresh_process", "main", "measure", "watch"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = ("wide mlp", "resnet18")
@@ -41,16 +41,22 @@ _RESETS = os.access(_CLEAR, os.W_OK)
 def main() -> None:
     """Measure all rows, and write them."""
     rows = []
-    # Blocks must go back to the system when they are freed: the resident memory would not tell otherwise.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for model in MODELS:
         for what in ("snapshot", *EVALUATORS, *BASELINES, *TRAININGS):
-            command = [sys.executable, "-m", "benchmarks.memory", model, what]
-            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-            rows.append(json.loads(done.stdout))
-            print(*(f"{name}={value}" for name, value in rows[-1].items() if name not in _about()))
+            rows.append(in_fresh_process("benchmarks.memory", model, what))
+            print(*(f"{name}={value}" for name, value in rows[-1].items() if name not in about()))
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     write("memory", get_cpu_info(), date, rows)
+
+
+def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
+    """Return the row, as JSON, that a module prints when it is run with these arguments."""
+    # Blocks must go back to the system when they are freed: the resident memory would not tell otherwise.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    row: dict[str, Any] = json.loads(done.stdout)
+    return row
 
 
 def measure(model: str, what: str) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def measure(model: str, what: str) -> dict[str, Any]:
     """
     problem = make_problem(model, DEVICE)
     size = sum(now.numel() * now.element_size() for now in problem.now)
-    row = {"model": model, "what": what, "parameter_bytes": size, "n": len(FACTORS), **_about()}
+    row = {"model": model, "what": what, "parameter_bytes": size, "n": len(FACTORS), **about()}
     problem.forwards(2)
     if what == "snapshot":
         taken: list[list[torch.Tensor]] = []
@@ -138,7 +144,8 @@ def _high_water() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _about() -> dict[str, Any]:
+def about() -> dict[str, Any]:
+    """Return how it was measured, and where."""
     counted = "allocated by torch" if DEVICE == "cuda" else "resident"
     if DEVICE == "cpu" and not _RESETS:
         counted += (

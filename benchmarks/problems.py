@@ -31,7 +31,9 @@ class Problem(NamedTuple):
         name: in :data:`PROBLEMS`.
         model: in train mode; its parameters are those after the step, its gradients those that the step followed.
         optimizer: made the step.
-        loss: the scalar loss of a model on the batch of the step.
+        batch: x and y of the step.
+        loss_fn: the scalar loss of a model's output and y.
+        loss: the scalar loss of a model on the batch.
         prev: the P parameters before the step.
         now: the P parameters after it, as copies: a baseline writes to the live ones.
         loss_before: the loss that the step started from.
@@ -40,6 +42,8 @@ class Problem(NamedTuple):
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    batch: tuple[Tensor, Tensor]
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
     loss: Callable[[nn.Module], Tensor]
     prev: list[Tensor]
     now: list[Tensor]
@@ -80,15 +84,18 @@ def make_problem(name: str, device: str) -> Problem:
     model, x, y = make().to(device), x.to(device), y.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
-    def loss(model: nn.Module) -> Tensor:
-        logits = model(x)
+    def loss_fn(logits: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, -2), y.flatten())
+
+    def loss(model: nn.Module) -> Tensor:
+        return loss_fn(model(x), y)
 
     prev = _copies(model.parameters())
     before = loss(model)
     before.backward()
     optimizer.step()
-    return Problem(name, model, optimizer, loss, prev, _copies(model.parameters()), before.item())
+    now = _copies(model.parameters())
+    return Problem(name, model, optimizer, (x, y), loss_fn, loss, prev, now, before.item())
 
 
 def _copies(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -125,6 +125,11 @@ class ALRTree:
         return len(self.history)
 
     @property
+    def method(self) -> str:
+        """What trains the branches: ``"batched"`` or ``"sequential"``; as asked for, until that is chosen."""
+        return self._trainer.method
+
+    @property
     def learning_rates(self) -> list[float]:
         """The learning rates of the beams, best first."""
         return list(self._lrs)
