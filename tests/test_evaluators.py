@@ -210,16 +210,21 @@ def test_auto_says_once_why_it_does_not_batch():
         auto.losses(model, line, FACTORS_5, lambda: loss_of(model))
 
 
+def run_clock(monkeypatch, seconds):
+    """Let auto measure what ``seconds`` says of an evaluator."""
+    monkeypatch.setattr("autolr_fast.evaluators.auto.seconds", lambda run: seconds(run.func.__self__))
+
+
 @pytest.mark.parametrize("fastest", ["streamed", "folded", "inplace", "stacked"])
 def test_auto_takes_what_it_measured_to_be_fastest(fastest, monkeypatch):
     """With clocks of which one runs slower; all of them are warm when they are timed."""
     timed = []
 
-    def seconds(evaluator, *args):
+    def seconds(evaluator):
         timed.append(evaluator.name)
         return 0.2 if evaluator.name == fastest else 0.25
 
-    monkeypatch.setattr("autolr_fast.evaluators.auto._seconds", seconds)
+    run_clock(monkeypatch, seconds)
     model, loss_of = problem("mlp")
     _, line, prev = probed(model, loss_of)
     auto = Auto()
@@ -234,10 +239,7 @@ def test_auto_takes_what_it_measured_to_be_fastest(fastest, monkeypatch):
 
 
 def test_auto_prefers_less_memory_to_a_little_time(monkeypatch):
-    monkeypatch.setattr(
-        "autolr_fast.evaluators.auto._seconds",
-        lambda evaluator, *args: 0.2 if evaluator.name == "streamed" else 0.19,
-    )
+    run_clock(monkeypatch, lambda evaluator: 0.2 if evaluator.name == "streamed" else 0.195)
     model, loss_of = problem("mlp")
     _, line, _ = probed(model, loss_of)
     auto = Auto()
@@ -247,9 +249,7 @@ def test_auto_prefers_less_memory_to_a_little_time(monkeypatch):
 
 def test_auto_does_not_batch_what_takes_long(monkeypatch):
     timed = []
-    monkeypatch.setattr(
-        "autolr_fast.evaluators.auto._seconds", lambda evaluator, *args: timed.append(evaluator.name) or 1.5
-    )
+    run_clock(monkeypatch, lambda evaluator: timed.append(evaluator.name) or 1.5)
     model, loss_of = problem("mlp")
     _, line, _ = probed(model, loss_of)
     Auto().losses(model, line, FACTORS_5, lambda: loss_of(model))
@@ -257,7 +257,7 @@ def test_auto_does_not_batch_what_takes_long(monkeypatch):
 
 
 def test_auto_measures_nothing_under_deterministic_algorithms(monkeypatch):
-    monkeypatch.setattr("autolr_fast.evaluators.auto._seconds", None)
+    monkeypatch.setattr("autolr_fast.evaluators.auto.seconds", None)
     model, loss_of = problem("mlp")
     _, line, _ = probed(model, loss_of)
     auto = Auto()
