@@ -15,7 +15,7 @@ help:
 	@echo "make lint     check format, lint and types"
 	@echo "make format   format and mend what can be mended"
 	@echo "make wheel    build dist/*.whl: the operators compiled for Python >= 3.10 and torch >= 2.11"
-	@echo "make bench    measure operators, probes and their memory, write benchmarks/results/; ten minutes"
+	@echo "make bench    measure operators, probes, searches and memory, write benchmarks/results/; 20 minutes"
 	@echo "make clean    remove what these made"
 
 demo: $(VENV)/demo.installed
@@ -43,6 +43,8 @@ bench: $(VENV)/dev.installed
 	$(BIN)/python -m pytest benchmarks/test_probe.py --benchmark-json=build/probe.json
 	$(BIN)/python -m benchmarks.report build/probe.json probe
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m pytest benchmarks/test_tree.py --benchmark-json=build/tree.json
+	$(BIN)/python -m benchmarks.report build/tree.json tree
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info autolr_demo.png autolr_demo.md

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FusedLayers", "batch_norm"]
+__all__ = ["FusedLayers", "batch_norm", "linear"]
+
+torch.library.define("autolr_fast::stacked_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 torch.library.define(
     "autolr_fast::stacked_batch_norm",
@@ -23,10 +25,37 @@ torch.library.define(
 )
 
 
+torch.library.impl("autolr_fast::stacked_linear", "CompositeImplicitAutograd", F.linear)
 torch.library.impl("autolr_fast::stacked_batch_norm", "CompositeImplicitAutograd", F.batch_norm)
 
+linear = torch.ops.autolr_fast.stacked_linear.default
+"""``F.linear`` of x [*, in], weight [out, in] and bias [out]."""
 batch_norm = torch.ops.autolr_fast.stacked_batch_norm.default
 """``F.batch_norm`` of x [B, C, *] with statistics, weight and bias [C]."""
+
+
+@torch.library.register_vmap("autolr_fast::stacked_linear")  # type: ignore[untyped-decorator]
+def _batched_linear(
+    info: Any, in_dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, int]:
+    """One batched product from the left: from the right, the weights' gradients would come transposed."""
+    x, weight = _in_front(x, in_dims[0]), _in_front(weight, in_dims[1])
+    shape = [info.batch_size, *x.shape[1:-1], *weight.shape[1:-1]]
+    rows = x.reshape(len(x), -1, x.shape[-1])  # [N or 1, R, in]
+    weight = weight.reshape(len(weight), -1, weight.shape[-1])  # [N or 1, out, in]
+    bias = None if bias is None else _in_front(bias, in_dims[2]).unsqueeze(-1)
+    if len(weight) == info.batch_size:
+        rows = rows.expand(info.batch_size, -1, -1)
+        out = torch.bmm(weight, rows.mT) if bias is None else torch.baddbmm(bias, weight, rows.mT)
+    else:
+        out = torch.matmul(weight, rows.mT)
+        out = out if bias is None else out + bias
+    return out.mT.expand(info.batch_size, -1, -1).reshape(shape), 0
+
+
+def _in_front(value: Tensor, dim: int | None) -> Tensor:
+    """Return a value with the models as its first dimension; of length 1, if all have the same."""
+    return value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
 
 
 @torch.library.register_vmap("autolr_fast::stacked_batch_norm")  # type: ignore[untyped-decorator]
@@ -58,7 +87,15 @@ class FusedLayers(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return _RULES.get(func, func)(*args, **(kwargs or {}))
+        rule = _RULES.get(func)
+        # Autocast chooses dtypes by function, and knows its own.
+        if rule is None or any(isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) for x in args):
+            rule = func
+        return rule(*args, **(kwargs or {}))
+
+
+def _call_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return linear(input, weight, bias)
 
 
 def _call_batch_norm(
@@ -74,4 +111,4 @@ def _call_batch_norm(
     return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-_RULES: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: _call_batch_norm}
+_RULES: dict[Callable[..., Any], Callable[..., Any]] = {F.linear: _call_linear, F.batch_norm: _call_batch_norm}

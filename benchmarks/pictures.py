@@ -12,11 +12,12 @@ from autolr_fast import EVALUATORS
 from .baselines import BASELINES, REFERENCE
 from .tables import Rows, source_over
 
-__all__ = ["PICTURES", "memory", "probe"]
+__all__ = ["PICTURES", "memory", "probe", "tree"]
 
 # One colour a method, in every picture.
 _COLOURS = {"auto": "#111111", "inplace": "#56b4e9", "stacked": "#0072b2", "streamed": "#009e73",
-            "folded": "#d55e00", "graphed": "#e69f00", "deep copies": "#b0b0b0", REFERENCE: "#707070"}  # fmt: skip
+            "folded": "#d55e00", "graphed": "#e69f00", "batched": "#0072b2", "sequential": "#009e73",
+            "deep copies": "#b0b0b0", REFERENCE: "#707070"}  # fmt: skip
 _FLOOR = "N plain forwards"
 
 
@@ -54,6 +55,32 @@ def memory(header: Mapping[str, Any], rows: Rows) -> Figure:
     return _bars(models, bars, title, "peak, in copies of the parameters", header)
 
 
+def tree(header: Mapping[str, Any], rows: Rows) -> Figure:
+    """Draw how many times as long one training after another takes, and the memory, over the number of branches."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for style, model in zip(
+        ("solid", "dashed", "dotted"), dict.fromkeys(row["model"] for row in rows), strict=True
+    ):
+        for method in ("batched", "sequential"):
+            of_method = [row for row in rows if (row["model"], row["what"]) == (model, method)]
+            of_method.sort(key=lambda row: row["beams"] * row["n"])
+            branches = [row["beams"] * row["n"] for row in of_method]
+            line = {"color": _COLOURS[method], "linestyle": style, "marker": "o", "markersize": 4}
+            left.plot(branches, [1 / row["ratio"] for row in of_method], label=f"{model}, {method}", **line)
+            right.plot(branches, [row["peak"] for row in of_method], **line)
+    left.axhline(1, color=_COLOURS[REFERENCE], linewidth=1)
+    left.set(xlabel="branches", ylabel="times as fast as one training after another")
+    right.set(xlabel="branches", ylabel="peak, in copies of the parameters")
+    for axes in (left, right):
+        axes.set_ylim(0)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=8)
+    figure.suptitle("A search over learning rates")
+    _sign(figure, header)
+    return figure
+
+
 def _bars(
     groups: Sequence[str], bars: Mapping[str, Mapping[str, float]], title: str, unit: str, header: Mapping[str, Any]
 ) -> Figure:
@@ -71,9 +98,17 @@ def _bars(
     axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    machine = header["machine"] if header["device"] == "cpu" else header["device"]
-    figure.supxlabel(f"{header['command']}   ({machine}, {header['versions']})", fontsize=7)
+    _sign(figure, header)
     return figure
 
 
-PICTURES: Mapping[str, Callable[[Mapping[str, Any], Rows], Figure]] = {"probe": probe, "memory": memory}
+def _sign(figure: Figure, header: Mapping[str, Any]) -> None:
+    machine = header["machine"] if header["device"] == "cpu" else header["device"]
+    figure.supxlabel(f"{header['command']}   ({machine}, {header['versions']})", fontsize=7)
+
+
+PICTURES: Mapping[str, Callable[[Mapping[str, Any], Rows], Figure]] = {
+    "probe": probe,
+    "memory": memory,
+    "tree": tree,
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 from .baselines import REFERENCE
 
-__all__ = ["EVERY", "TABLES", "memory", "ops", "probe", "source_over"]
+__all__ = ["EVERY", "TABLES", "memory", "ops", "probe", "source_over", "tree"]
 
 Rows = Sequence[Mapping[str, Any]]
 EVERY = (1, 10, 30)
@@ -133,6 +133,40 @@ def memory(header: Mapping[str, Any], rows: Rows) -> str:
     return _with_gpu(lines, header)
 
 
+def tree(header: Mapping[str, Any], rows: Rows) -> str:
+    """Return a table for each model."""
+    lines = _head("What a search over learning rates costs", header)
+    lines += [
+        "ALRTree with M beams and N factors trains M x N branches. The time is that of one batch for all of them,",
+        "SGD with momentum. Before each round as many training steps of one model with torch.optim.SGD are timed,",
+        "which is what training the branches one after another takes; the median of the ratios is shown.",
+        "",
+        "Memory is the peak of two epochs of one batch with plain SGD, in copies of the parameters, over what",
+        "there was before, each in a process of its own. Parameters and gradients of all branches are 2 M N; to a",
+        "batched pass come the activations of as many forwards. The last column is the peak of the reference,",
+        "which has one candidate and the survivors.",
+    ]
+    for model, group in groupby(rows, key=lambda row: row["model"]):
+        cases = list(group)
+        lines += [
+            "",
+            f"## {model}: {cases[0]['parameters']:,} parameters in {cases[0]['tensors']} tensors",
+            "",
+            f"Activations of one model: {cases[0]['activations']:.2f} copies of the parameters.",
+            "",
+            "| M, N | | median | one after another / it | memory | 2 M N | with activations | reference |",
+            "|---" * 8 + "|",
+        ]
+        for row in sorted(cases, key=lambda row: (row["beams"] * row["n"], row["ratio"])):
+            branches = row["beams"] * row["n"]
+            models_at_once = branches if row["ran"] == "batched" else 1
+            cells = [f"{row['beams']}, {row['n']}", _name(row), _time(row), f"{1 / row['ratio']:.2f}"]
+            cells += [f"{row['peak']:.1f}", f"{2 * branches}"]
+            cells += [f"{2 * branches + models_at_once * row['activations']:.1f}", f"{row['reference_peak']:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return _with_gpu(lines, header)
+
+
 def _time(row: Mapping[str, Any]) -> str:
     """Return the median with three digits or more."""
     milliseconds = row["median_ms"]
@@ -166,4 +200,9 @@ def _with_gpu(lines: list[str], header: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES: Mapping[str, Callable[[Mapping[str, Any], Rows], str]] = {"ops": ops, "probe": probe, "memory": memory}
+TABLES: Mapping[str, Callable[[Mapping[str, Any], Rows], str]] = {
+    "ops": ops,
+    "probe": probe,
+    "memory": memory,
+    "tree": tree,
+}

@@ -6,6 +6,7 @@ the device has finished.
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Iterator
@@ -71,10 +72,8 @@ def test_step(benchmark: Any, problem: Problem, method: str, size: tuple[int, in
     rounds = ROUNDS[problem.name]
     benchmark.pedantic(call, setup=one_after_another, rounds=rounds, warmup_rounds=1 if rounds > 10 else 0)
     benchmark.extra_info.update(
-        in_fresh_process("benchmarks.tree_memory", problem.name, *map(str, size), method),
-        reference_peak=in_fresh_process("benchmarks.tree_memory", problem.name, *map(str, size), SEQUENTIAL)[
-            "peak"
-        ],
+        memory_of(problem.name, size, method),
+        reference_peak=memory_of(problem.name, size, SEQUENTIAL)["peak"],
         what=method,
         ran=tree.method,
         model=problem.name,
@@ -88,6 +87,12 @@ def test_step(benchmark: Any, problem: Problem, method: str, size: tuple[int, in
         threads=torch.get_num_threads(),
         seed=SEED,
     )
+
+
+@functools.cache
+def memory_of(model: str, size: tuple[int, int], method: str) -> dict[str, Any]:
+    """Return the memory that a search takes, measured once."""
+    return in_fresh_process("benchmarks.tree_memory", model, *map(str, size), method)
 
 
 def wait() -> None:

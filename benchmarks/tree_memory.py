@@ -22,11 +22,11 @@ __all__ = ["FACTORS", "SEQUENTIAL", "measure"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEQUENTIAL = "one after another"
 FACTORS = {3: (2.0, 1.0, 0.5), 5: (4.0, 2.0, 1.0, 0.5, 0.25), 7: (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)}
-_BATCHES, _EPOCHS, _LR = 2, 2, 1e-6  # at a rate that leaves every branch finite
+_EPOCHS, _LR = 2, 1e-6  # at a rate that leaves every branch finite
 
 
 def measure(model: str, beams: int, factors: int, method: str) -> dict[str, Any]:
-    """Measure two epochs of two batches, plain SGD.
+    """Measure two epochs of one batch, plain SGD.
 
     Args:
         model: a name in :data:`~benchmarks.problems.PROBLEMS`.
@@ -46,7 +46,7 @@ def measure(model: str, beams: int, factors: int, method: str) -> dict[str, Any]
     torch.autograd.grad(problem.closure(), parameters)
     alone = watch(lambda: torch.autograd.grad(problem.closure(), parameters))
     row = {"activations": max(0.0, (alone.peak - alone.before) / size - 1.0)}
-    batches = [problem.batch] * _BATCHES
+    batches = [problem.batch]
     if method == SEQUENTIAL:
         search = (problem.model, problem.loss_fn, [_LR], batches, _EPOCHS)
         seen = watch(lambda: reference.tree_search(*search, beams=beams, factors=FACTORS[factors]))

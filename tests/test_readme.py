@@ -15,7 +15,7 @@ from .helpers import mlp, problem, sgd
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LOOP, EQUIVALENT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOOP, EQUIVALENT, TREE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_loop_runs_as_it_stands():
@@ -43,6 +43,14 @@ def test_the_equivalent_is_equivalent():
     assert scope["lr"] != 0.1
 
 
+def test_the_tree_runs_as_it_stands(capsys):
+    model, loader = mlp(), [(torch.randn(12, 5), torch.randint(3, (12,)))] * 4
+    first = F.cross_entropy(model(loader[0][0]), loader[0][1]).item()
+    exec(TREE, {"model": model, "loss_fn": F.cross_entropy, "loader": loader})
+    assert capsys.readouterr().out.count("Epoch(number=") == 10
+    assert F.cross_entropy(model(loader[0][0]), loader[0][1]).item() < 0.5 * first
+
+
 def test_the_table_is_that_of_the_demo():
     results = (ROOT / "docs/demo.md").read_text(encoding="utf-8")
     runs = re.findall(r"^\| (\S+) \| (\S+) \| (\S+) \|.*?(\S+) \|$", results, re.MULTILINE)
@@ -64,6 +72,15 @@ def test_the_costs_are_those_measured():
         seven = re.search(r"^\| 7 \| auto \((\w+)\) \| \S+ ms \| (\S+) \| (\S+) \|", section, re.MULTILINE).groups()
         three = re.search(r"^\| 3 \| auto \(\w+\) \| \S+ ms(?: \| \S+){3} \| (\S+) \|", section, re.MULTILINE)
         assert f"| {' | '.join((name, *seven, three[1]))} |" in README
+
+
+def test_the_gains_of_the_tree_are_those_measured():
+    results = (ROOT / "benchmarks/results/tree.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (\w+): (.*?)(?=^## )", results, re.MULTILINE | re.DOTALL)
+    assert len(sections) == 3
+    for model, section in sections:
+        rows = re.findall(r"^\| \d, \d \| auto \((\w+)\) \| \S+ ms \| (\S+) \|", section, re.MULTILINE)
+        assert f"| {model} | {' | '.join(f'{gain} ({ran})' for ran, gain in rows)} |" in README
 
 
 def test_links_lead_somewhere():
