@@ -322,12 +322,26 @@ def test_auto_warns_once_of_a_model_that_cannot_be_batched():
     tree.fit_epoch(batches)
 
 
-def test_auto_measures():
+@pytest.mark.parametrize("faster", ["batched", "sequential"])
+def test_auto_takes_what_it_measured_to_be_faster(faster, monkeypatch):
+    """For one beam, and then again for two."""
     model, batches = problem("mlp")
+    # alone and batched, 3 models and 6
+    clock = iter([1.0, 2.9, 1.0, 6.1] if faster == "batched" else [1.0, 3.1, 1.0, 5.9])
+    monkeypatch.setattr("autolr_fast.tree.trainer.seconds", lambda run: next(clock))
     tree = ALRTree(model, F.cross_entropy, 0.05)
     tree.fit_epoch(batches)
-    assert "ms batched" in repr(tree)
-    assert "ms alone" in repr(tree)
+    assert tree.method == faster
+    tree.fit_epoch(batches)
+    other = {"batched": "sequential", "sequential": "batched"}[faster]
+    assert tree.method == other
+    resumed = ALRTree(mlp(), F.cross_entropy, 0.05)
+    resumed.load_state_dict(tree.state_dict())
+    assert repr(resumed) == repr(tree)
+    tree.fit_epoch(batches)
+    resumed.fit_epoch(batches)
+    assert history_of(resumed) == history_of(tree)
+    assert f"method='{other}' (auto: a model takes" in repr(tree)
 
 
 def test_auto_does_not_measure_under_deterministic_algorithms():
@@ -339,6 +353,26 @@ def test_auto_does_not_measure_under_deterministic_algorithms():
     finally:
         torch.use_deterministic_algorithms(False)
     assert "method='batched')" in repr(tree)
+
+
+@pytest.mark.parametrize("method", ["batched", "sequential"])
+def test_autocast_around_the_search(method):
+    """Its cache holds casts of weights that have moved on."""
+    ends = []
+    for around in (False, True):
+        model, batches = problem("mlp")
+        tree = ALRTree(model, F.cross_entropy, 0.5, method=method)
+        if around:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                tree.fit(batches, 3)
+        else:
+            for _ in range(3):
+                for batch in batches:
+                    with torch.autocast("cpu", dtype=torch.bfloat16):
+                        tree.step(*batch)
+                tree.end_epoch()
+        ends.append([*history_of(tree), *(p.detach() for p in model.parameters())])
+    torch.testing.assert_close(*ends, rtol=0.0, atol=0.0)
 
 
 def test_memory_runs_out(monkeypatch):

@@ -62,7 +62,7 @@ class OpenEpoch:
         return opened
 
 
-def random_state(device: torch.device, generator: torch.Generator | None) -> dict[str, Tensor]:
+def random_state(device: torch.device, generator: torch.Generator | None = None) -> dict[str, Tensor]:
     """Return the state of torch's random numbers, on the host and a device, and of a generator."""
     state = {"cpu": torch.get_rng_state()}
     if device.type not in ("cpu", "meta"):
@@ -72,7 +72,9 @@ def random_state(device: torch.device, generator: torch.Generator | None) -> dic
     return state
 
 
-def set_random_state(state: dict[str, Tensor], device: torch.device, generator: torch.Generator | None) -> None:
+def set_random_state(
+    state: dict[str, Tensor], device: torch.device, generator: torch.Generator | None = None
+) -> None:
     """Put back what :func:`random_state` returned."""
     torch.set_rng_state(state["cpu"].cpu())
     if "device" in state:

@@ -103,6 +103,7 @@ class BatchedPass(Pass):
             with FusedLayers():
                 return _scalar(self.loss_fn(functional_call(self.model, values, args, kwargs), y))
 
+        torch.clear_autocast_cache()  # no cast of other weights
         with torch.enable_grad(), run_eagerly(), warnings.catch_warnings():
             # An operation that vmap unrolls is right all the same.
             warnings.filterwarnings("ignore", message="There is a performance drop")
@@ -130,6 +131,7 @@ class SequentialPass(Pass):
             for name, row in zip(self.buffers, rows.buffers, strict=True):
                 self.model.get_buffer(name).copy_(row[0])
         args, kwargs = _arguments(x)
+        torch.clear_autocast_cache()  # no cast of other weights
         with torch.enable_grad(), run_eagerly():
             loss = _scalar(self.loss_fn(self.model(*args, **kwargs), y))
             gradients = torch.autograd.grad(loss, self._live, allow_unused=True)

@@ -31,7 +31,8 @@ class ALRTree:
     1. Each of the M beams, a model with its learning rate, becomes N branches: the same model, and the learning
        rate times each factor. (At first there is one beam for each given learning rate, all with the model's
        parameters, so the factors apply to the first epoch too.)
-    2. Every branch trains on all batches, the same ones in the same order, with the same dropout masks.
+    2. Every branch trains on all batches, the same ones in the same order, with the same dropout masks (of torch's
+       random numbers; what a forward draws elsewhere is its own).
     3. The branches are sorted by the mean of their training losses, as they were before each step; batches weigh by
        their size. Equal losses go by the order of beams and factors. One that is not finite is dropped.
     4. The M lowest are the next beams, with their parameters, buffers and optimizer state. The model takes over the

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..isolation import RandomStreams
 from ..memory import check_max_memory, free_memory, is_out_of_memory
 from ..timing import seconds
+from .open_epoch import random_state, set_random_state
 from .passes import BatchedPass, LossFunction, Pass, SequentialPass, difference
 from .stack import Stack
 
@@ -22,15 +23,15 @@ METHODS = ("auto", "batched", "sequential")
 
 
 class Trainer:
-    """Trains the models of a stack on one batch after another; all see the same dropout masks.
+    """Trains the models of a stack on one batch after another; all see the same of torch's random numbers.
 
     Args:
         model: what they are stacked from.
         loss_fn: mean loss of an output and a target.
         method: ``"batched"``: as many models in one pass as memory allows. ``"sequential"``: one after another.
-            ``"auto"``: the faster one, measured at the first batch (under
-            :func:`torch.use_deterministic_algorithms` batched, without measuring), or sequential if a model cannot
-            be batched.
+            ``"auto"``: the faster one, measured at the first batch and whenever
+            the number of models is another (under :func:`torch.use_deterministic_algorithms` batched, without
+            measuring), or sequential if a model cannot be batched.
         max_memory: bytes for the gradients of one pass; by default a quarter of what is free at the first batch.
 
     Raises:
@@ -46,6 +47,7 @@ class Trainer:
         self._max_memory = check_max_memory(max_memory)
         self._pass: Pass | None = None
         self._chunk = 1
+        self._measured = 0  # models that there were when the choice was made by measuring
         self._why = ""
 
     def __repr__(self) -> str:
@@ -75,15 +77,15 @@ class Trainer:
         """
         if not stack.count:
             return torch.empty(0)
-        if self._pass is None:
+        if self._pass is None or self._measured not in (0, stack.count):
             self._choose(stack, x, y)
         assert self._pass is not None
-        random = RandomStreams()
+        random = random_state(stack.device)
         losses: list[Tensor] = []
         done = 0
         while done < stack.count:
             if done:
-                random.restore()
+                set_random_state(random, stack.device)
             stop = min(done + self._chunk, stack.count)
             try:
                 results = self._pass(stack.rows(done, stop), x, y)
@@ -91,7 +93,7 @@ class Trainer:
                 if stop - done == 1 or not is_out_of_memory(error):
                     raise
                 self._chunk = (stop - done + 1) // 2
-                random.restore()
+                set_random_state(random, stack.device)
                 continue
             stack.step(done, stop, results, lrs[done:stop])
             losses.append(results.losses)
@@ -102,11 +104,12 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Return the choice: a resumed run must not choose anew."""
         chosen = None if self._pass is None else self.method
-        return {"method": chosen, "why": self._why, "chunk": self._chunk}
+        return {"method": chosen, "why": self._why, "chunk": self._chunk, "measured": self._measured}
 
     def load_state_dict(self, state: dict[str, Any], stack: Stack | None) -> None:
         """Take over what :meth:`state_dict` returned; the stack is the one that it goes with."""
-        self._pass, self._why, self._chunk = None, state["why"], state["chunk"]
+        self._pass, self._why = None, state["why"]
+        self._chunk, self._measured = state["chunk"], state["measured"]
         if state["method"] is not None and stack is not None:
             kind = BatchedPass if state["method"] == "batched" else SequentialPass
             self._pass = kind(self._model, self._loss_fn, stack.parameters, stack.buffers)
@@ -133,7 +136,8 @@ class Trainer:
                 stacklevel=2,
             )
             return
-        measures = self._asked == "auto" and stack.count > 1 and not torch.are_deterministic_algorithms_enabled()
+        measures = self._asked == "auto" and not torch.are_deterministic_algorithms_enabled()
+        self._measured = stack.count if measures else 0
         alone = self._seconds(sequential, stack, 1, x, y) if measures else math.inf
         del sequential  # its copy of the model: the batched pass needs the memory
         self._pass, self._chunk = batched, self._first_chunk(stack)
