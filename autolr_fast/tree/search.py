@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -260,7 +261,7 @@ class ALRTree:
                 {"branches": [list(branch) for branch in epoch.branches], "survivors": list(epoch.survivors)}
                 for epoch in self.history
             ],
-            "model": {name: value.clone() for name, value in self.model.state_dict().items()},
+            "model": copy.deepcopy(self.model.state_dict()),
             "stack": None if self._stack is None else self._stack.state_dict(),
             "trainer": self._trainer.state_dict(),
             "open": None if self._open is None else self._open.state_dict(self._ranks),
@@ -282,9 +283,9 @@ class ALRTree:
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict={_short(state_dict)}: pass what ALRTree.state_dict() returned")
-        if expected := set(self.state_dict()) ^ set(state_dict):
+        if different := set(self.state_dict()) ^ set(state_dict):
             raise ValueError(
-                f"state_dict has the keys {sorted(state_dict)} and should not differ in {sorted(expected)}: pass "
+                f"state_dict has the keys {sorted(state_dict)} and should not differ in {sorted(different)}: pass "
                 "what ALRTree.state_dict() returned"
             )
         opened = None if state_dict["open"] is None else OpenEpoch.of(state_dict["open"], self._ranks)
