@@ -22,6 +22,7 @@ __all__ = [
     "Closure",
     "ClosureError",
     "Isolation",
+    "ModuleStates",
     "RandomStreams",
     "check_repeatable",
     "scalar_loss",
@@ -64,7 +65,7 @@ class Isolation:
         self._model = model
 
     def __enter__(self) -> Isolation:
-        self._modules = [_ModuleState(module) for module in self._model.modules()]
+        self._modules = ModuleStates(self._model)
         self._random = RandomStreams()
         self._gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
         self._frozen = _copy_of_frozen(self._model)
@@ -103,8 +104,7 @@ class Isolation:
         finally:
             self._random.restore()
             torch.clear_autocast_cache()
-            for module in self._modules:
-                module.restore()
+            self._modules.restore()
             for parameter, value in self._frozen:
                 parameter.detach().copy_(value)
             # A forward without a backward leaves whole parameters behind, and they would serve the next forward.
@@ -121,6 +121,22 @@ class RandomStreams:
         """Put the streams back."""
         for restore, state in self._states:
             restore(state)
+
+
+class ModuleStates:
+    """What the modules of a model held when it was made: attributes, also in containers, and values of buffers.
+
+    Args:
+        model: with all its submodules.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._states = [_ModuleState(module) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Put them back."""
+        for state in self._states:
+            state.restore()
 
 
 class _ModuleState:

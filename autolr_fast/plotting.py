@@ -136,12 +136,13 @@ def plot_tree(history: Sequence[Epoch], *, title: str, footer: str = "") -> Figu
                 left.plot(epoch.number, branch.lr, marker="x", color=_HIGHLIGHT, zorder=4.0)
         beams = [epoch.branches[index] for index in epoch.survivors]
     for axes in (left, right):
-        axes.set(xlabel="epoch", yscale="log")
+        axes.set(xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    left.set(ylabel="learning rate")
-    right.set(ylabel="training loss")
+    left.set(ylabel="learning rate", yscale="log")
+    positive = all(branch.loss > 0 for epoch in history for branch in epoch.branches if isfinite(branch.loss))
+    right.set(ylabel="training loss", yscale="log" if positive else "linear")
     for label, is_best, survives in (("best", True, True), ("went on", False, True), ("pruned", False, False)):
         left.plot([], [], label=label, **_branch_style(is_best, survives))
     figure.legend(loc="outside right center", frameon=False)

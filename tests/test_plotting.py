@@ -78,6 +78,11 @@ def test_branches_start_from_their_parents(tmp_path):
     figure.savefig(tmp_path / "tree.png")
 
 
+def test_losses_below_zero():
+    right = plot_tree([Epoch(1, (Branch(0, 0.2, -4.0), Branch(0, 0.1, -5.0)), survivors=(1, 0))], title="").axes[1]
+    assert right.get_yscale() == "linear"
+
+
 def test_no_history():
     with pytest.raises(ValueError, match="train an epoch first"):
         plot_tree([], title="")

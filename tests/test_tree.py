@@ -144,9 +144,10 @@ def test_beams_factors_and_chunks(beams, factors, max_memory):
     assert_equals_reference(tree, model, expected)
 
 
-def test_several_rates_to_start_from():
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+def test_several_rates_to_start_from(kind):
     model, batches = problem("mlp")
-    lrs = [1e-3, 0.1, 0.01]
+    lrs = kind([0.125, 0.5, 0.25])
     expected = reference.tree_search(model, F.cross_entropy, lrs, batches, 2)
     tree = ALRTree(model, F.cross_entropy, lrs, method="batched")
     tree.fit(batches, 2)
@@ -483,6 +484,16 @@ def test_stacked_adam_equals_torch(decoupled):
         ({"lr": []}, ValueError, r"lr=\[\]"),
         ({"lr": [0.1, math.nan]}, ValueError, r"lr=\[0.1, nan\]"),
         ({"lr": "0.1"}, ValueError, "lr='0.1'"),
+        ({"lr": True}, ValueError, "lr=True"),
+        ({"model": nn.LazyLinear(3)}, ValueError, "'weight' has no shape yet: run a batch through"),
+        (
+            {"model": nn.ParameterList([torch.zeros(1, dtype=torch.complex64)])},
+            ValueError,
+            "'0' is torch.complex64",
+        ),
+        ({"generator": 3}, TypeError, "generator=3: expected the torch.Generator"),
+        ({"optimizer": "adam", "betas": 0.9}, ValueError, "betas=0.9: give two numbers"),
+        ({"weight_decay": None}, ValueError, "weight_decay=None: give a number"),
         ({"beams": 0}, ValueError, "beams=0: expected a whole number, 1 or more"),
         ({"beams": 1.5}, ValueError, "beams=1.5"),
         ({"factors": (2.0, 1.0)}, ValueError, "one way only"),
@@ -516,6 +527,167 @@ def test_bad_batches(batches, error, says):
     assert tree.fit_epoch(problem("mlp")[1]).number == 1
 
 
+def test_bad_fit():
+    tree, (_, batches) = ALRTree(mlp(), F.cross_entropy, 0.1), problem("mlp")
+    for epochs in (1.5, "3", -1, True):
+        with pytest.raises(ValueError, match="epochs=.* expected how many"):
+            tree.fit(batches, epochs)
+    with pytest.raises(TypeError, match="callback=3"):
+        tree.fit(batches, 1, callback=3)
+    tree.step(*batches[0])
+    with pytest.raises(RuntimeError, match=r"begun by step\(\)"):
+        tree.fit_epoch(batches)
+    assert tree.end_epoch().number == 1
+    with pytest.raises(ValueError, match="a loss that no parameter has a part in"):
+        ALRTree(mlp(), lambda y, target: F.cross_entropy(y.detach(), target), 0.1).fit(batches, 1)
+
+
+class TwoDomains(nn.Module):
+    """Batches take turns at two normalisations; the second is not used at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.norms = nn.ModuleList([nn.BatchNorm1d(4), nn.BatchNorm1d(4)])
+
+    def forward(self, x, domain):
+        return self.outer(self.norms[domain](self.inner(x)))
+
+
+@pytest.mark.parametrize("method", ["batched", "sequential"])
+def test_statistics_that_the_first_batch_does_not_touch(method):
+    torch.manual_seed(1)
+    model, (_, batches) = TwoDomains(), problem("mlp")
+
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = copy.deepcopy(model)
+
+        def forward(self, pair):
+            return self.inner(*pair)
+
+    mixed = [((x, number % 2), y) for number, (x, y) in enumerate(batches)]
+    beams, _ = reference.tree_search(Pairs(), F.cross_entropy, [0.05], mixed, 2)
+    ALRTree(model, F.cross_entropy, 0.05, method=method).fit(mixed, 2)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, beams[0].model.inner.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+class Remembers(nn.Module):
+    """Keeps a running mean, in an attribute or in a buffer that it begins to write to later."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.inner, self.calls, self.kind = nn.Linear(5, 3), 0, kind
+        if kind == "late":
+            self.register_buffer("mean", torch.zeros(3))
+            self.register_buffer("seen", torch.zeros(()))
+        else:
+            self.mean = torch.zeros(3)
+
+    def forward(self, x):
+        y = self.inner(x)
+        if self.kind == "attribute":
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        elif self.mean.sum() != 0 or len(x) == 6:  # the last batch
+            self.mean.mul_(0.9).add_(y.detach().mean(0))
+        return y - self.mean
+
+
+@pytest.mark.parametrize("method", ["auto", "sequential"])
+def test_what_is_kept_outside_of_buffers_does_not_pass_from_branch_to_branch(method):
+    torch.manual_seed(1)
+    model, (_, batches) = Remembers("attribute"), problem("mlp")
+    kept = model.mean
+    epoch = ALRTree(model, F.cross_entropy, [0.1] * 2, factors=(2, 0.5), method=method).fit_epoch(batches[:1])
+    # losses before the first step: all branches are the same model
+    assert len({round(branch.loss, 5) for branch in epoch.branches}) == 1
+    assert model.mean is kept
+    assert torch.equal(kept, torch.zeros(3))
+    copy.deepcopy(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_buffer_that_changes_later_is_an_error():
+    model, (_, batches) = Remembers("late"), problem("mlp")
+    with pytest.raises(RuntimeError, match="buffer 'mean' changes at this batch and did not at the first"):
+        ALRTree(model, F.cross_entropy, 0.1).fit_epoch(batches)
+
+
+@pytest.mark.parametrize("call", [5, 6, 7, 8])
+def test_goes_on_with_a_batch_that_was_interrupted_half_way(call):
+    """After some branches of it; saved and loaded in between, too."""
+    model, batches = problem("dropout")
+    torch.manual_seed(2)
+    expected = reference.tree_search(model, F.cross_entropy, [0.05], batches, 2)
+    calls = []
+
+    def loss_fn(y, target):
+        calls.append(1)
+        if len(calls) == call:
+            raise OSError("no data")
+        return F.cross_entropy(y, target)
+
+    torch.manual_seed(2)
+    tree = ALRTree(model, loss_fn, 0.05, method="sequential")
+    with pytest.raises(OSError, match="no data"):
+        tree.fit(batches, 2)
+    state = stored(tree.state_dict())
+    torch.rand(3)
+    other, _ = problem("dropout")
+    resumed = ALRTree(other, F.cross_entropy, 0.05, method="sequential")
+    resumed.load_state_dict(state)
+    resumed.fit(batches, 2)
+    assert_equals_reference(resumed, other, expected)
+
+
+@pytest.mark.parametrize("method", ["batched", "sequential"])
+def test_loads_in_eval_mode(method):
+    ends = []
+    for evaluates in (False, True):
+        tree, data = make_tree("momentum", method=method), loader()
+        torch.manual_seed(7)
+        tree.fit(data, 1)
+        state = tree.state_dict()
+        if evaluates:
+            tree.model.eval()
+        tree.load_state_dict(state)
+        tree.fit(data, 2)
+        ends.append(history_of(tree))
+    assert ends[0] == ends[1]
+
+
+def test_a_model_that_differentiates_inside():
+    class Force(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.energy = mlp()
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+    torch.manual_seed(1)
+    model, batches = Force(), [(torch.randn(8, 5), torch.randn(8, 5))] * 2
+    expected = reference.tree_search(model, F.mse_loss, [0.1], batches, 2)
+    tree = ALRTree(model, F.mse_loss, 0.1, method="sequential")
+    tree.fit(batches, 2)
+    assert_equals_reference(tree, model, expected)
+
+
+def test_sparse_gradients():
+    torch.manual_seed(1)
+    make = lambda sparse: nn.Sequential(nn.EmbeddingBag(11, 3, sparse=sparse, mode="sum"))  # noqa: E731
+    sparse, dense = make(True), make(False)
+    dense.load_state_dict(sparse.state_dict())
+    batches = [(torch.randint(11, (8, 4)), torch.randint(3, (8,)))] * 3
+    trees = [ALRTree(model, F.cross_entropy, 0.1, method="sequential") for model in (sparse, dense)]
+    for tree in trees:
+        tree.fit(batches, 2)
+    torch.testing.assert_close(sparse[0].weight, dense[0].weight)
+
+
 def test_bad_loss():
     _, batches = problem("mlp")
     tree = ALRTree(mlp(), partial(F.cross_entropy, reduction="none"), 0.1)
@@ -536,12 +708,22 @@ def test_bad_state():
             ALRTree(mlp(), F.cross_entropy, 0.1, beams=1, factors=(2.0, 0.5)),
             "3 models and this tree has room for 2",
         ),
-        (ALRTree(transformer(), F.cross_entropy, 0.1), "shapes"),
+        (ALRTree(transformer(), F.cross_entropy, 0.1), "state_dict and the model differ in '0.bias'"),
+        (ALRTree(nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3)), F.cross_entropy, 0.1), "of shape"),
         (ALRTree(mlp(), F.cross_entropy, 0.1, momentum=0.9), "momentum_buffer of the shapes"),
     ):
         with pytest.raises(ValueError, match=says):
             other.load_state_dict(state)
         assert other.epoch == 0
+    with_momentum = ALRTree(mlp(), F.cross_entropy, 0.1, momentum=0.9)
+    with_momentum.fit(batches, 1)
+    with pytest.raises(ValueError, match="state_dict holds 'momentum_buffer': give ALRTree the optimizer"):
+        tree.load_state_dict(with_momentum.state_dict())
+    with_momentum.step(*batches[0])
+    with pytest.raises(ValueError, match=r"factors \[2.0, 1.0, 0.5\], and this tree has \[2.0, 0.5\]"):
+        ALRTree(mlp(), F.cross_entropy, 0.1, momentum=0.9, factors=(2, 0.5)).load_state_dict(
+            with_momentum.state_dict()
+        )
     with pytest.raises(TypeError, match="state_dict=None"):
         tree.load_state_dict(None)
     with pytest.raises(ValueError, match="should not differ in"):

@@ -18,12 +18,12 @@ class OpenEpoch:
     """What an epoch that has not ended has seen.
 
     Args:
-        random: the random-number state before its first batch was fetched.
+        random: the random-number state before its first batch was fetched, if that is known.
     """
 
-    def __init__(self, random: dict[str, Tensor]):
+    def __init__(self, random: dict[str, Tensor] | None):
         self.start = random
-        self.now = random  # after the last step; what was fetched since is fetched again by who goes on
+        self.now = random or {}  # after the last step; what was fetched since is fetched again by who goes on
         self.branches: list[Branch] = []  # none until there is a batch
         self.totals = torch.zeros(0, dtype=torch.float64)  # sums of losses, of this rank's share
         self.examples = 0
@@ -32,7 +32,7 @@ class OpenEpoch:
     def state_dict(self, ranks: Ranks) -> dict[str, Any]:
         """Return it as plain values and tensors."""
         return {
-            "start": dict(self.start),
+            "start": self.start,
             "now": dict(self.now),
             "branches": [[branch.parent, branch.lr] for branch in self.branches],
             "totals": self.totals.clone(),
@@ -54,7 +54,7 @@ class OpenEpoch:
                 f"state_dict is of rank {rank} of {count} within an epoch, and this is rank {ranks.rank} of "
                 f"{ranks.count}: give each rank its own, or one that was saved between two epochs"
             )
-        opened = cls(dict(state["start"]))
+        opened = cls(state["start"])
         opened.now = dict(state["now"])
         opened.branches = [Branch(parent, lr, math.nan) for parent, lr in state["branches"]]
         opened.totals = state["totals"].clone()

@@ -102,7 +102,7 @@ class StackedAdam(StackedOptimizer):
         decoupled: bool = False,
     ):
         _check_not_negative(weight_decay=weight_decay, eps=eps)
-        if not (len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
+        if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
             raise ValueError(f"betas={betas!r}: give two numbers, 0 or more and below 1")
         self._betas, self._eps = betas, eps
         self._weight_decay, self._decoupled = weight_decay, decoupled
@@ -134,5 +134,5 @@ class StackedAdam(StackedOptimizer):
 
 def _check_not_negative(**values: float) -> None:
     for name, value in values.items():
-        if not value >= 0.0:
+        if not (isinstance(value, (int, float)) and value >= 0.0):
             raise ValueError(f"{name}={value!r}: give a number, 0 or more")

@@ -6,6 +6,7 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.func import functional_call
 
 from ..evaluators.nearby import nearby_step
 from ..evaluators.substitution import run_eagerly
-from ..isolation import RandomStreams
+from ..isolation import ModuleStates, RandomStreams
 from ..layers import FusedLayers
 
 __all__ = [
@@ -77,6 +78,8 @@ class Pass(ABC):
         self.loss_fn = loss_fn
         self.parameters = parameters
         self.buffers = buffers
+        stacked = set(buffers)
+        self._still = [(name, buffer) for name, buffer in model.named_buffers() if name not in stacked]
 
     @abstractmethod
     def __call__(self, rows: Rows, x: Any, y: Any) -> Results:
@@ -87,6 +90,18 @@ class Pass(ABC):
             x: what the model takes: one object, a tuple or list of arguments, or a dict of keyword arguments.
             y: the target.
         """
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """See that no buffer changes that is not stacked."""
+        versions = [buffer._version for _, buffer in self._still]
+        yield
+        for (name, buffer), version in zip(self._still, versions, strict=True):
+            if self.model.get_buffer(name) is not buffer or buffer._version != version:
+                raise RuntimeError(
+                    f"buffer {name!r} changes at this batch and did not at the first, by which the tree knows what "
+                    "differs between branches: let every batch write to it, if only what it is"
+                )
 
 
 class BatchedPass(Pass):
@@ -104,13 +119,17 @@ class BatchedPass(Pass):
                 return _scalar(self.loss_fn(functional_call(self.model, values, args, kwargs), y))
 
         torch.clear_autocast_cache()  # no cast of other weights
-        with torch.enable_grad(), run_eagerly(), warnings.catch_warnings():
-            # An operation that vmap unrolls is right all the same.
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            losses: Tensor = torch.vmap(loss_of, randomness="same")(leaves, buffers)
-            gradients = list(torch.autograd.grad(losses.sum(), leaves, allow_unused=True))
+        modules = ModuleStates(self.model)
+        try:
+            with self._watched(), torch.enable_grad(), run_eagerly(), warnings.catch_warnings():
+                # An operation that vmap unrolls is right all the same.
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                losses: Tensor = torch.vmap(loss_of, randomness="same")(leaves, buffers)
+                gradients = list(torch.autograd.grad(losses.sum(), leaves, allow_unused=True))
+        finally:
+            modules.restore()  # what vmap has left there belongs to no branch
         for index, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
-            # Those of linear layers come transposed. One by one: no copy of all is made.
+            # Some come transposed. One by one: no copy of all is made.
             if gradient is not None and gradient.stride() != leaf.stride():
                 gradients[index] = torch.empty_like(leaf).copy_(gradient)
         return Results(losses.detach(), gradients, buffers)
@@ -122,6 +141,7 @@ class SequentialPass(Pass):
     def __init__(self, model: nn.Module, loss_fn: LossFunction, parameters: Sequence[str], buffers: Sequence[str]):
         super().__init__(copy.deepcopy(model), loss_fn, parameters, buffers)
         self._live = [self.model.get_parameter(name) for name in parameters]
+        self._modules = ModuleStates(self.model)
 
     def __call__(self, rows: Rows, x: Any, y: Any) -> Results:
         """See :class:`Pass`; C is 1."""
@@ -132,14 +152,15 @@ class SequentialPass(Pass):
                 self.model.get_buffer(name).copy_(row[0])
         args, kwargs = _arguments(x)
         torch.clear_autocast_cache()  # no cast of other weights
-        with torch.enable_grad(), run_eagerly():
-            loss = _scalar(self.loss_fn(self.model(*args, **kwargs), y))
-            gradients = torch.autograd.grad(loss, self._live, allow_unused=True)
-        return Results(
-            loss.detach().unsqueeze(0),
-            [None if gradient is None else gradient.unsqueeze(0) for gradient in gradients],
-            [self.model.get_buffer(name).detach().clone().unsqueeze(0) for name in self.buffers],
-        )
+        try:
+            with self._watched(), torch.enable_grad(), run_eagerly():
+                loss = _scalar(self.loss_fn(self.model(*args, **kwargs), y))
+                gradients = torch.autograd.grad(loss, self._live, allow_unused=True)
+            buffers = [self.model.get_buffer(name).detach().clone().unsqueeze(0) for name in self.buffers]
+        finally:
+            self._modules.restore()  # the next branch must not find what this one left
+        dense = (None if gradient is None else gradient.to_dense().unsqueeze(0) for gradient in gradients)
+        return Results(loss.detach().unsqueeze(0), list(dense), buffers)
 
     @torch.no_grad()
     def move_nearby(self, rows: Rows) -> Rows:
@@ -151,15 +172,31 @@ class SequentialPass(Pass):
 
 
 def changing_buffers(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) -> list[str]:
-    """Return the names of the buffers that a forward changes; it runs in a copy of the module."""
+    """Return the names of the buffers that a forward in a copy of the module changes, and of all statistics.
+
+    Raises:
+        TypeError: if the loss is not a scalar tensor.
+        ValueError: if it does not depend on parameters that require a gradient.
+    """
     trial, random = copy.deepcopy(model), RandomStreams()
     before = {name: buffer.detach().clone() for name, buffer in trial.named_buffers()}
     args, kwargs = _arguments(x)
-    with torch.no_grad(), run_eagerly():
-        loss_fn(trial(*args, **kwargs), y)
+    with torch.enable_grad(), run_eagerly():
+        loss = _scalar(loss_fn(trial(*args, **kwargs), y))
     random.restore()
+    if not loss.requires_grad:
+        raise ValueError(
+            "loss_fn returned a loss that no parameter has a part in: return it as it is computed, without "
+            "detach() or no_grad(), and train outside of torch.inference_mode()"
+        )
     after = dict(trial.named_buffers())
-    return [name for name, value in before.items() if not torch.equal(value, after[name])]
+    statistics = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if getattr(module, "track_running_stats", False)
+        for name, _ in module.named_buffers(recurse=False)
+    }
+    return [name for name, value in before.items() if name in statistics or not torch.equal(value, after[name])]
 
 
 def difference(sequential: SequentialPass, batched: BatchedPass, rows: Rows, x: Any, y: Any) -> str | None:

@@ -44,12 +44,13 @@ class ALRTree:
     the same arguments and the same batches.
 
     Args:
-        model: holds the best branch's parameters between epochs. Those that require a gradient are trained, in the
-            modes (train, eval) that its modules have now. Not a ``DistributedDataParallel``.
+        model: holds the best branch's parameters between epochs; what else is written to it then is lost. Those
+            that require a gradient are trained, in the modes (train, eval) that its modules have now. What a
+            forward remembers must be a buffer: other attributes are put back. Not a ``DistributedDataParallel``.
         loss_fn: mean loss ``loss_fn(model(x), y)`` of a batch, a scalar tensor.
         lr: learning rate to start from, or several.
         beams: M.
-        factors: N multiples of a beam's learning rate, such as ``FACTORS_5``.
+        factors: N multiples of a beam's learning rate, some above 1 and some below, such as ``FACTORS_5``.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``; the arguments down to ``eps`` are torch's.
         momentum: of ``"sgd"``.
         dampening: of ``"sgd"``.
@@ -59,7 +60,8 @@ class ALRTree:
         weight_decay: of any.
         method: ``"batched"``, ``"sequential"``, or ``"auto"``, the faster of them; see :class:`Trainer`.
         max_memory: bytes for the gradients of one pass; by default a quarter of what is free.
-        generator: the one that shuffles the batches, if it is not torch's default: its state is saved too.
+        generator: the one that shuffles the batches, if it is not torch's default. Its state is saved, and without
+            it an epoch that was interrupted goes on with other batches.
         process_group: the ranks that share the branches; ``None`` is the default group.
 
     Attributes:
@@ -67,7 +69,7 @@ class ALRTree:
         history: an :class:`Epoch` for each one that has ended.
 
     Raises:
-        TypeError: if model or loss function are none.
+        TypeError: if model, loss function or generator are none.
         ValueError: if an argument is out of its range; names it.
 
     Example:
@@ -111,6 +113,8 @@ class ALRTree:
         sgd = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
         self._optimizer = _make_optimizer(optimizer, sgd, {"betas": betas, "eps": eps}, weight_decay)
         self._trainer = Trainer(model, loss_fn, method, max_memory)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator={generator!r}: expected the torch.Generator that shuffles the batches")
         self._generator = generator
         self._ranks = Ranks(process_group)
         self._modes = [(module, module.training) for module in model.modules()]
@@ -150,8 +154,14 @@ class ALRTree:
             callback: called with the record of each epoch.
 
         Raises:
+            TypeError: if ``callback`` is not callable.
+            ValueError: if ``epochs`` is not a whole number, 0 or more.
             RuntimeError: if no branch of an epoch has a finite loss; see :meth:`end_epoch`.
         """
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
+            raise ValueError(f"epochs={epochs!r}: expected how many epochs there shall be in all, a whole number")
+        if not callable(callback):
+            raise TypeError(f"callback={callback!r}: expected a callable, which is given the record of each epoch")
         while self.epoch < epochs:
             callback(self.fit_epoch(loader))
 
@@ -168,7 +178,7 @@ class ALRTree:
 
         Raises:
             ValueError: if the loader gives no batches, or something else.
-            RuntimeError: as :meth:`end_epoch` does.
+            RuntimeError: as :meth:`end_epoch` does; if the epoch was begun by :meth:`step`.
         """
         for batch in self._remaining(loader):
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -191,13 +201,12 @@ class ALRTree:
         Returns:
             The losses before the step, of the branches that this rank trains.
         """
-        for module, training in self._modes:
-            module.training = training
+        self._set_modes()
         if self._stack is None:
             self._stack = self._make_stack(changing_buffers(self.model, self._loss_fn, x, y))
             self._stack.fill(self.model, len(self._lrs))
         if self._open is None:
-            self._open = OpenEpoch(random_state(self._stack.device, self._generator))
+            self._open = OpenEpoch(None)
         if not self._open.branches:
             self._grow(self._open, self._stack)
         share = self._ranks.share(len(self._open.branches))
@@ -214,8 +223,9 @@ class ALRTree:
         """Prune the branches; :meth:`fit_epoch` does it after the last batch.
 
         Raises:
-            RuntimeError: if no branch has a finite loss: the model, and with it the tree, is then the best one of
-                the epoch before. If no batch was seen. If another rank is gone; names it.
+            RuntimeError: if no branch has a finite loss. The model is then the best one of the epoch before, and
+                the tree has it as its only beam, with a fresh optimizer. If no batch was seen. If another rank is
+                gone; names it.
         """
         if self._open is None or self._stack is None or not self._open.batches:
             raise RuntimeError("no batch was seen: call fit_epoch(loader), or step(x, y) for each batch")
@@ -224,13 +234,14 @@ class ALRTree:
         survivors = prune(losses, self._beams)
         self._open = None
         if not survivors:
+            self._trainer.forget()
             self._lrs = [self.history[-1].best.lr] if self.history else list(self._first_lrs)
             self._stack.fill(self.model, len(self._lrs))
             tried = ", ".join(f"{branch.lr:.3g}" for branch in open_branches)
             raise RuntimeError(
                 f"no branch of epoch {self.epoch + 1} has a finite loss, at learning rates {tried}. The model is "
-                f"as it was after epoch {self.epoch}, and the tree goes on from it: start from a lower lr, or look "
-                "at the batches and the loss"
+                f"as it was after epoch {self.epoch}, and the tree goes on from it alone, with a fresh optimizer: "
+                "start from a lower lr, look at the batches and the loss, or load the state saved last"
             )
         branches = [branch._replace(loss=loss) for branch, loss in zip(open_branches, losses, strict=True)]
         self._ranks.spread(self._stack.tensors(), survivors, len(branches))
@@ -257,6 +268,7 @@ class ALRTree:
         device = next(self.model.parameters()).device
         return {
             "learning_rates": list(self._lrs),
+            "factors": list(self._factors),
             "history": [
                 {"branches": [list(branch) for branch in epoch.branches], "survivors": list(epoch.survivors)}
                 for epoch in self.history
@@ -289,10 +301,19 @@ class ALRTree:
                 "what ALRTree.state_dict() returned"
             )
         opened = None if state_dict["open"] is None else OpenEpoch.of(state_dict["open"], self._ranks)
+        if opened is not None and opened.branches and state_dict["factors"] != list(self._factors):
+            raise ValueError(
+                f"state_dict is of an epoch with the factors {state_dict['factors']}, and this tree has "
+                f"{list(self._factors)}: give ALRTree the same, or a state saved between two epochs"
+            )
+        _check_shapes(self.model.state_dict(), state_dict["model"])
         stack = None
         if state_dict["stack"] is not None:
-            stack = self._make_stack(list(state_dict["stack"]["buffers"]))
+            buffers = state_dict["stack"]["buffers"]
+            _check_shapes({name: None for name, _ in self.model.named_buffers() if name in buffers}, buffers)
+            stack = self._make_stack(list(buffers))
             stack.load_state_dict(state_dict["stack"])
+        self._set_modes()
         self.model.load_state_dict(state_dict["model"])
         self._lrs = list(state_dict["learning_rates"])
         self.history = [
@@ -312,6 +333,10 @@ class ALRTree:
             f"method={self._trainer!r})"
         )
 
+    def _set_modes(self) -> None:
+        for module, training in self._modes:
+            module.training = training
+
     def _remaining(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Give the batches that the open epoch has not seen; opens one if none is."""
         device = next(self.model.parameters()).device
@@ -319,6 +344,11 @@ class ALRTree:
             self._open = OpenEpoch(random_state(device, self._generator))
             yield from loader
             return
+        if self._open.start is None:
+            raise RuntimeError(
+                "this epoch was begun by step(), and which of the loader's batches it has seen is not known: end "
+                "it by step() and end_epoch()"
+            )
         set_random_state(self._open.start, device, self._generator)
         batches = iter(loader)
         for number in range(self._open.batches):
@@ -354,6 +384,11 @@ def _check_model(model: object) -> None:
             f"model={type(model).__name__} is spread over ranks: pass the plain module, the tree gives each rank "
             "branches of its own"
         )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"model parameter {name!r} has no shape yet: run a batch through the model first")
+        if parameter.requires_grad and parameter.is_complex():
+            raise ValueError(f"model parameter {name!r} is {parameter.dtype}: only real parameters can be trained")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"model={type(model).__name__} has no parameter that requires a gradient: nothing to train"
@@ -361,8 +396,10 @@ def _check_model(model: object) -> None:
 
 
 def _check_lrs(lr: float | Sequence[float]) -> list[float]:
-    lrs = [lr] if isinstance(lr, (int, float)) else list(lr) if isinstance(lr, (tuple, list)) else []
-    if not lrs or not all(isinstance(rate, (int, float)) and math.isfinite(rate) and rate > 0 for rate in lrs):
+    given: Any = lr.tolist() if hasattr(lr, "tolist") else lr  # of an array or a tensor
+    lrs = list(given) if isinstance(given, (tuple, list)) else [given]
+    are_numbers = all(isinstance(rate, (int, float)) and not isinstance(rate, bool) for rate in lrs)
+    if not (lrs and are_numbers and all(math.isfinite(rate) and rate > 0 for rate in lrs)):
         raise ValueError(f"lr={lr!r}: expected a positive number, or a list of them")
     return [float(rate) for rate in lrs]
 
@@ -375,6 +412,18 @@ def _make_optimizer(name: str, sgd: dict[str, Any], adam: dict[str, Any], weight
     if given := [f"{setting}={value!r}" for setting, value in sgd.items() if value]:
         raise ValueError(f"{given[0]} is an argument of SGD, and optimizer={name!r}: leave it out, or use 'sgd'")
     return StackedAdam(weight_decay=weight_decay, decoupled=name == "adamw", **adam)
+
+
+def _check_shapes(own: dict[str, Any], given: dict[str, Any]) -> None:
+    """See that a model's state can be loaded, before any of it is."""
+    for name in sorted(set(own) ^ set(given)):
+        raise ValueError(f"state_dict and the model differ in {name!r}: give ALRTree the model that it is of")
+    for name, value in own.items():
+        if isinstance(value, Tensor) and value.shape != given[name].shape:
+            raise ValueError(
+                f"state_dict has {name!r} of shape {list(given[name].shape)} and the model {list(value.shape)}: "
+                "give ALRTree the model that it is of"
+            )
 
 
 def _size(x: Any, y: Any) -> int:

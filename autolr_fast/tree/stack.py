@@ -138,6 +138,8 @@ class Stack:
             ValueError: if it is of another; nothing is loaded then.
         """
         kinds = self._kinds()
+        if unknown := sorted(set(state) - {"count", "taken", *(kind for kind, *_ in kinds)}):
+            raise ValueError(f"state_dict holds {unknown[0]!r}: give ALRTree the optimizer that it is of")
         for kind, names, stacked in kinds:
             shapes = {name: (state["count"], *rows.shape[1:]) for name, rows in zip(names, stacked, strict=True)}
             given = {name: tuple(rows.shape) for name, rows in state.get(kind, {}).items()}

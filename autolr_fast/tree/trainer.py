@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ class Trainer:
         self._max_memory = check_max_memory(max_memory)
         self._pass: Pass | None = None
         self._chunk = 1
+        self._half: dict[str, Any] = {}  # of a batch that was interrupted: what its first models have done
         self._measured = 0  # models that there were when the choice was made by measuring
         self._why = ""
 
@@ -61,7 +63,7 @@ class Trainer:
         return "batched" if isinstance(self._pass, BatchedPass) else "sequential"
 
     def step(self, stack: Stack, lrs: Sequence[float], x: Any, y: Any) -> Tensor:
-        """Take an optimizer step with each model.
+        """Take an optimizer step with each model; if that was interrupted, with those that are left.
 
         Args:
             stack: C models.
@@ -77,12 +79,11 @@ class Trainer:
         """
         if not stack.count:
             return torch.empty(0)
-        if self._pass is None or self._measured not in (0, stack.count):
+        if self._pass is None or (self._measured not in (0, stack.count) and not self._half):
             self._choose(stack, x, y)
         assert self._pass is not None
-        random = random_state(stack.device)
-        losses: list[Tensor] = []
-        done = 0
+        half = self._half or {"random": random_state(stack.device), "losses": [], "done": 0}
+        random, losses, done = half["random"], half["losses"], half["done"]
         while done < stack.count:
             if done:
                 set_random_state(random, stack.device)
@@ -98,18 +99,31 @@ class Trainer:
             stack.step(done, stop, results, lrs[done:stop])
             losses.append(results.losses)
             done = stop
+            self._half = {"random": random, "losses": losses, "done": done}
+        self._half = {}
         stack.count_step(results)
         return torch.cat(losses)
+
+    def forget(self) -> None:
+        """Forget a batch that was interrupted."""
+        self._half = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the choice: a resumed run must not choose anew."""
         chosen = None if self._pass is None else self.method
-        return {"method": chosen, "why": self._why, "chunk": self._chunk, "measured": self._measured}
+        return {
+            "method": chosen,
+            "why": self._why,
+            "chunk": self._chunk,
+            "measured": self._measured,
+            "half": copy.deepcopy(self._half),
+        }
 
     def load_state_dict(self, state: dict[str, Any], stack: Stack | None) -> None:
         """Take over what :meth:`state_dict` returned; the stack is the one that it goes with."""
         self._pass, self._why = None, state["why"]
         self._chunk, self._measured = state["chunk"], state["measured"]
+        self._half = copy.deepcopy(state["half"])
         if state["method"] is not None and stack is not None:
             kind = BatchedPass if state["method"] == "batched" else SequentialPass
             self._pass = kind(self._model, self._loss_fn, stack.parameters, stack.buffers)
