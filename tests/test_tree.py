@@ -608,6 +608,23 @@ def test_what_is_kept_outside_of_buffers_does_not_pass_from_branch_to_branch(met
     copy.deepcopy(model)
 
 
+@pytest.mark.parametrize("method", ["batched", "sequential"])
+def test_an_attribute_may_be_changed_between_epochs(method):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scale = nn.Linear(5, 3), 1.0
+
+        def forward(self, x):
+            return self.inner(x) * self.scale
+
+    model, (_, batches) = Scaled(), problem("mlp")
+    tree = ALRTree(model, F.cross_entropy, 0.1, method=method)
+    tree.fit_epoch(batches)
+    model.scale = 0.0
+    assert tree.fit_epoch(batches).best.loss == pytest.approx(math.log(3), rel=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_buffer_that_changes_later_is_an_error():
     model, (_, batches) = Remembers("late"), problem("mlp")

@@ -64,7 +64,9 @@ class Results(NamedTuple):
 
 
 class Pass(ABC):
-    """Runs stacked models on a batch. It reads them, and changes none.
+    """Runs stacked models on the batches of an epoch. It reads them, and changes none.
+
+    Attributes of the modules are put back to what they were when it was made.
 
     Args:
         model: what they are stacked from; gives all that is not stacked.
@@ -80,6 +82,7 @@ class Pass(ABC):
         self.buffers = buffers
         stacked = set(buffers)
         self._still = [(name, buffer) for name, buffer in model.named_buffers() if name not in stacked]
+        self._modules = ModuleStates(model)
 
     @abstractmethod
     def __call__(self, rows: Rows, x: Any, y: Any) -> Results:
@@ -119,7 +122,6 @@ class BatchedPass(Pass):
                 return _scalar(self.loss_fn(functional_call(self.model, values, args, kwargs), y))
 
         torch.clear_autocast_cache()  # no cast of other weights
-        modules = ModuleStates(self.model)
         try:
             with self._watched(), torch.enable_grad(), run_eagerly(), warnings.catch_warnings():
                 # An operation that vmap unrolls is right all the same.
@@ -127,7 +129,7 @@ class BatchedPass(Pass):
                 losses: Tensor = torch.vmap(loss_of, randomness="same")(leaves, buffers)
                 gradients = list(torch.autograd.grad(losses.sum(), leaves, allow_unused=True))
         finally:
-            modules.restore()  # what vmap has left there belongs to no branch
+            self._modules.restore()  # what vmap has left there belongs to no branch
         for index, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
             # Some come transposed. One by one: no copy of all is made.
             if gradient is not None and gradient.stride() != leaf.stride():
@@ -141,7 +143,6 @@ class SequentialPass(Pass):
     def __init__(self, model: nn.Module, loss_fn: LossFunction, parameters: Sequence[str], buffers: Sequence[str]):
         super().__init__(copy.deepcopy(model), loss_fn, parameters, buffers)
         self._live = [self.model.get_parameter(name) for name in parameters]
-        self._modules = ModuleStates(self.model)
 
     def __call__(self, rows: Rows, x: Any, y: Any) -> Results:
         """See :class:`Pass`; C is 1."""

@@ -46,7 +46,8 @@ class ALRTree:
     Args:
         model: holds the best branch's parameters between epochs; what else is written to it then is lost. Those
             that require a gradient are trained, in the modes (train, eval) that its modules have now. What a
-            forward remembers must be a buffer: other attributes are put back. Not a ``DistributedDataParallel``.
+            forward remembers must be a buffer: other attributes are put back to what they were at the beginning of
+            the epoch. Not a ``DistributedDataParallel``.
         loss_fn: mean loss ``loss_fn(model(x), y)`` of a batch, a scalar tensor.
         lr: learning rate to start from, or several.
         beams: M.
@@ -374,6 +375,7 @@ class ALRTree:
         share = self._ranks.share(len(opened.branches))
         stack.select([opened.branches[index].parent for index in share])
         opened.totals = torch.zeros(len(share), dtype=torch.float64, device=stack.device)
+        self._trainer.begin_epoch(stack)
 
 
 def _check_model(model: object) -> None:

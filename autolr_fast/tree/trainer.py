@@ -104,6 +104,11 @@ class Trainer:
         stack.count_step(results)
         return torch.cat(losses)
 
+    def begin_epoch(self, stack: Stack) -> None:
+        """Take over what has been done to the model since the last epoch, such as a change of an attribute."""
+        if self._pass is not None:
+            self._pass = type(self._pass)(self._model, self._loss_fn, stack.parameters, stack.buffers)
+
     def forget(self) -> None:
         """Forget a batch that was interrupted."""
         self._half = {}
