@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
 
-__all__ = ["StackedAdam", "StackedOptimizer", "StackedSGD"]
+__all__ = ["StackedAdam", "StackedOptimizer", "StackedSGD", "make_optimizer"]
 
 
 class StackedOptimizer(ABC):
@@ -130,6 +131,21 @@ class StackedAdam(StackedOptimizer):
             square.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
             root = (square / unbiased2).sqrt_().add_(self._eps)
             param.sub_(lr / unbiased1 * mean / root)
+
+
+def make_optimizer(name: str, sgd: dict[str, Any], adam: dict[str, Any], weight_decay: float) -> StackedOptimizer:
+    """Return the optimizer of that name, with those of the arguments that are its own.
+
+    Raises:
+        ValueError: if there is none of that name, or an argument is another's or out of its range.
+    """
+    if name == "sgd":
+        return StackedSGD(weight_decay=weight_decay, **sgd)
+    if name not in ("adam", "adamw"):
+        raise ValueError(f"optimizer={name!r} is not known: use one of 'sgd', 'adam', 'adamw'")
+    if given := [f"{setting}={value!r}" for setting, value in sgd.items() if value]:
+        raise ValueError(f"{given[0]} is an argument of SGD, and optimizer={name!r}: leave it out, or use 'sgd'")
+    return StackedAdam(weight_decay=weight_decay, decoupled=name == "adamw", **adam)
 
 
 def _check_not_negative(**values: float) -> None:

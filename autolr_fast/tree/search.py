@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import ProcessGroup, is_sharded
+from ..distributed import ProcessGroup
 from ..scoring import FACTORS_3, check_factors
+from .checks import batch_size, check_lrs, check_model, check_shapes, short
 from .open_epoch import OpenEpoch, random_state, set_random_state
-from .optimizers import StackedAdam, StackedOptimizer, StackedSGD
+from .optimizers import make_optimizer
 from .passes import LossFunction, changing_buffers
 from .ranks import Ranks
 from .records import Branch, Epoch, prune
@@ -103,16 +104,16 @@ class ALRTree:
         generator: torch.Generator | None = None,
         process_group: ProcessGroup | None = None,
     ):
-        _check_model(model)
+        check_model(model)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r}: expected a callable, such as torch.nn.functional.cross_entropy")
         if not isinstance(beams, int) or isinstance(beams, bool) or beams < 1:
             raise ValueError(f"beams={beams!r}: expected a whole number, 1 or more")
-        self._first_lrs = _check_lrs(lr)
+        self._first_lrs = check_lrs(lr)
         self._beams = beams
         self._factors = check_factors(factors)
         sgd = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
-        self._optimizer = _make_optimizer(optimizer, sgd, {"betas": betas, "eps": eps}, weight_decay)
+        self._optimizer = make_optimizer(optimizer, sgd, {"betas": betas, "eps": eps}, weight_decay)
         self._trainer = Trainer(model, loss_fn, method, max_memory)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator={generator!r}: expected the torch.Generator that shuffles the batches")
@@ -183,12 +184,12 @@ class ALRTree:
         """
         for batch in self._remaining(loader):
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise ValueError(f"loader gave {type(batch).__name__} {_short(batch)}: expected pairs (x, y)")
+                raise ValueError(f"loader gave {type(batch).__name__} {short(batch)}: expected pairs (x, y)")
             self.step(*batch)
         if self._open is None or self._open.batches == 0:
             self._open = None
             raise ValueError(
-                f"loader={_short(loader)} gave no batches: an iterator can be used once; give a DataLoader"
+                f"loader={short(loader)} gave no batches: an iterator can be used once; give a DataLoader"
             )
         return self.end_epoch()
 
@@ -213,7 +214,7 @@ class ALRTree:
         share = self._ranks.share(len(self._open.branches))
         lrs = [self._open.branches[index].lr for index in share]
         losses = self._trainer.step(self._stack, lrs, x, y)
-        size = _size(x, y)
+        size = batch_size(x, y)
         self._open.totals += size * losses.double()
         self._open.examples += size
         self._open.batches += 1
@@ -295,7 +296,7 @@ class ALRTree:
             ValueError: if it is not of such a tree; nothing is loaded then.
         """
         if not isinstance(state_dict, dict):
-            raise TypeError(f"state_dict={_short(state_dict)}: pass what ALRTree.state_dict() returned")
+            raise TypeError(f"state_dict={short(state_dict)}: pass what ALRTree.state_dict() returned")
         if different := set(self.state_dict()) ^ set(state_dict):
             raise ValueError(
                 f"state_dict has the keys {sorted(state_dict)} and should not differ in {sorted(different)}: pass "
@@ -307,11 +308,11 @@ class ALRTree:
                 f"state_dict is of an epoch with the factors {state_dict['factors']}, and this tree has "
                 f"{list(self._factors)}: give ALRTree the same, or a state saved between two epochs"
             )
-        _check_shapes(self.model.state_dict(), state_dict["model"])
+        check_shapes(self.model.state_dict(), state_dict["model"])
         stack = None
         if state_dict["stack"] is not None:
             buffers = state_dict["stack"]["buffers"]
-            _check_shapes({name: None for name, _ in self.model.named_buffers() if name in buffers}, buffers)
+            check_shapes({name: None for name, _ in self.model.named_buffers() if name in buffers}, buffers)
             stack = self._make_stack(list(buffers))
             stack.load_state_dict(state_dict["stack"])
         self._set_modes()
@@ -355,7 +356,7 @@ class ALRTree:
         for number in range(self._open.batches):
             if next(batches, None) is None:
                 raise ValueError(
-                    f"loader={_short(loader)} gave {number} batches, and {self._open.batches} of this epoch were "
+                    f"loader={short(loader)} gave {number} batches, and {self._open.batches} of this epoch were "
                     "seen: give the loader that the epoch began with"
                 )
         if self._open.batches:
@@ -376,66 +377,3 @@ class ALRTree:
         stack.select([opened.branches[index].parent for index in share])
         opened.totals = torch.zeros(len(share), dtype=torch.float64, device=stack.device)
         self._trainer.begin_epoch(stack)
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected a torch.nn.Module")
-    if isinstance(model, nn.parallel.DistributedDataParallel) or is_sharded(model):
-        raise ValueError(
-            f"model={type(model).__name__} is spread over ranks: pass the plain module, the tree gives each rank "
-            "branches of its own"
-        )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(f"model parameter {name!r} has no shape yet: run a batch through the model first")
-        if parameter.requires_grad and parameter.is_complex():
-            raise ValueError(f"model parameter {name!r} is {parameter.dtype}: only real parameters can be trained")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            f"model={type(model).__name__} has no parameter that requires a gradient: nothing to train"
-        )
-
-
-def _check_lrs(lr: float | Sequence[float]) -> list[float]:
-    given: Any = lr.tolist() if hasattr(lr, "tolist") else lr  # of an array or a tensor
-    lrs = list(given) if isinstance(given, (tuple, list)) else [given]
-    are_numbers = all(isinstance(rate, (int, float)) and not isinstance(rate, bool) for rate in lrs)
-    if not (lrs and are_numbers and all(math.isfinite(rate) and rate > 0 for rate in lrs)):
-        raise ValueError(f"lr={lr!r}: expected a positive number, or a list of them")
-    return [float(rate) for rate in lrs]
-
-
-def _make_optimizer(name: str, sgd: dict[str, Any], adam: dict[str, Any], weight_decay: float) -> StackedOptimizer:
-    if name == "sgd":
-        return StackedSGD(weight_decay=weight_decay, **sgd)
-    if name not in ("adam", "adamw"):
-        raise ValueError(f"optimizer={name!r} is not known: use one of 'sgd', 'adam', 'adamw'")
-    if given := [f"{setting}={value!r}" for setting, value in sgd.items() if value]:
-        raise ValueError(f"{given[0]} is an argument of SGD, and optimizer={name!r}: leave it out, or use 'sgd'")
-    return StackedAdam(weight_decay=weight_decay, decoupled=name == "adamw", **adam)
-
-
-def _check_shapes(own: dict[str, Any], given: dict[str, Any]) -> None:
-    """See that a model's state can be loaded, before any of it is."""
-    for name in sorted(set(own) ^ set(given)):
-        raise ValueError(f"state_dict and the model differ in {name!r}: give ALRTree the model that it is of")
-    for name, value in own.items():
-        if isinstance(value, Tensor) and value.shape != given[name].shape:
-            raise ValueError(
-                f"state_dict has {name!r} of shape {list(given[name].shape)} and the model {list(value.shape)}: "
-                "give ALRTree the model that it is of"
-            )
-
-
-def _size(x: Any, y: Any) -> int:
-    """Return how many examples a batch has."""
-    for value in (y, *(x.values() if isinstance(x, dict) else x if isinstance(x, (tuple, list)) else (x,))):
-        if isinstance(value, Tensor) and value.dim():
-            return len(value)
-    return 1
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
