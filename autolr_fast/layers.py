@@ -71,10 +71,7 @@ def _batched_batch_norm(info: Any, in_dims: Sequence[int | None], x: Tensor, *re
 
 def _flat(value: Tensor | None, dim: int | None, models: int) -> Tensor | None:
     """Return values ``[C]`` of each of N models as ``[N * C]``; in the same memory, if they lie side by side."""
-    if value is None:
-        return None
-    value = value.expand(models, *value.shape) if dim is None else value.movedim(dim, 0)
-    return value.reshape(-1)
+    return None if value is None else _in_front(value, dim).expand(models, -1).reshape(-1)
 
 
 class FusedLayers(TorchFunctionMode):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..candidates import Line, live_rows
+from ..candidates import Line
 from ..distributed import is_distributed
 from ..isolation import Closure, ClosureError, Isolation, scalar_loss
 from .base import Evaluator, EvaluatorError
+from .inplace import rewritten
 from .nearby import Nearby
 from .substitution import run_eagerly
 
@@ -54,32 +55,31 @@ class Graphed(Evaluator):
             raise EvaluatorError(self.name, model, "other ranks cannot be waited for inside of a capture")
         if self._recorder is None:
             self._recorder = self._make_recorder(model, line)
-        rows = live_rows(line.parameters)
-        now = [row[0].clone() for row in rows]
         nearby = Nearby(line)
-        try:
-            with Isolation(model) as isolation, run_eagerly(), self._recorder as recorder:
-                is_new = self._checked is None or self._checked() is not model
-                if is_new:
-                    nearby.write([1.0], now, rows)
-                    expected = isolation.run(closure).item()
-                    ops.stack_candidates(
-                        now, now, [1.0], rows
-                    )  # what a capture takes from them shows in the replay
-                replay, loss = self._capture(model, closure, isolation, recorder)
+        with (
+            rewritten(line.parameters) as (now, rows),
+            Isolation(model) as isolation,
+            run_eagerly(),
+            self._recorder as recorder,
+        ):
+            is_new = self._checked is None or self._checked() is not model
+            if is_new:
+                nearby.write([1.0], now, rows)
+                expected = isolation.run(closure).item()
+                # Back again: what a capture takes from these weights shows in the replay at the others.
+                ops.stack_candidates(now, now, [1.0], rows)
+            replay, loss = self._capture(model, closure, isolation, recorder)
 
-                def loss_at(line: Line, factor: float) -> Tensor:
-                    line.write([factor], now, rows)
-                    with isolation.rewound():
-                        replay()
-                    return loss.clone()
+            def loss_at(line: Line, factor: float) -> Tensor:
+                line.write([factor], now, rows)
+                with isolation.rewound():
+                    replay()
+                return loss.clone()
 
-                if is_new:
-                    self._check(model, loss_at(nearby, 1.0).item(), expected)
-                    self._checked = weakref.ref(model)
-                return torch.stack([loss_at(line, factor) for factor in factors])
-        finally:
-            ops.stack_candidates(now, now, [1.0], rows)
+            if is_new:
+                self._check(model, loss_at(nearby, 1.0).item(), expected)
+                self._checked = weakref.ref(model)
+            return torch.stack([loss_at(line, factor) for factor in factors])
 
     def _check(self, model: nn.Module, loss: float, expected: float) -> None:
         if not math.isclose(loss, expected, rel_tol=1e-3):  # some operations never add up in one order

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ..candidates import Line, live_rows
 from ..isolation import Closure, Isolation
 from .base import Evaluator
 
-__all__ = ["InPlace"]
+__all__ = ["InPlace", "rewritten"]
 
 
 class InPlace(Evaluator):
@@ -30,14 +31,20 @@ class InPlace(Evaluator):
     @torch.no_grad()
     def losses(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
         """Return the losses, [N]; see :meth:`Evaluator.losses`."""
-        rows = live_rows(line.parameters)
-        now = [row[0].clone() for row in rows]
         losses = []
-        try:
-            with Isolation(model) as isolation:
-                for factor in factors:
-                    line.write([factor], now, rows)
-                    losses.append(isolation.run(closure).detach())
-        finally:
-            ops.stack_candidates(now, now, [1.0], rows)
+        with rewritten(line.parameters) as (now, rows), Isolation(model) as isolation:
+            for factor in factors:
+                line.write([factor], now, rows)
+                losses.append(isolation.run(closure).detach())
         return torch.stack(losses)
+
+
+@contextmanager
+def rewritten(parameters: Sequence[nn.Parameter]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Give copies of the parameters, and the live ones as rows to be written to; put them back at the end."""
+    rows = live_rows(parameters)
+    now = [row[0].clone() for row in rows]
+    try:
+        yield now, rows
+    finally:
+        ops.stack_candidates(now, now, [1.0], rows)

@@ -192,10 +192,10 @@ def changing_buffers(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) ->
         )
     after = dict(trial.named_buffers())
     statistics = {
-        f"{prefix}.{name}" if prefix else name
+        name
         for prefix, module in model.named_modules()
         if getattr(module, "track_running_stats", False)
-        for name, _ in module.named_buffers(recurse=False)
+        for name, _ in module.named_buffers(prefix, recurse=False)
     }
     return [name for name, value in before.items() if name in statistics or not torch.equal(value, after[name])]
 

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .stack import Stack
 __all__ = ["METHODS", "Trainer"]
 
 METHODS = ("auto", "batched", "sequential")
+_P = TypeVar("_P", bound=Pass)
 
 
 class Trainer:
@@ -30,9 +31,9 @@ class Trainer:
         model: what they are stacked from.
         loss_fn: mean loss of an output and a target.
         method: ``"batched"``: as many models in one pass as memory allows. ``"sequential"``: one after another.
-            ``"auto"``: the faster one, measured at the first batch and whenever
-            the number of models is another (under :func:`torch.use_deterministic_algorithms` batched, without
-            measuring), or sequential if a model cannot be batched.
+            ``"auto"``: the faster one, measured at the first batch and whenever the number of models is another
+            (under :func:`torch.use_deterministic_algorithms` batched, without measuring), or sequential if a model
+            cannot be batched.
         max_memory: bytes for the gradients of one pass; by default a quarter of what is free at the first batch.
 
     Raises:
@@ -107,7 +108,7 @@ class Trainer:
     def begin_epoch(self, stack: Stack) -> None:
         """Take over what has been done to the model since the last epoch, such as a change of an attribute."""
         if self._pass is not None:
-            self._pass = type(self._pass)(self._model, self._loss_fn, stack.parameters, stack.buffers)
+            self._pass = self._make(type(self._pass), stack)
 
     def forget(self) -> None:
         """Forget a batch that was interrupted."""
@@ -130,17 +131,18 @@ class Trainer:
         self._chunk, self._measured = state["chunk"], state["measured"]
         self._half = copy.deepcopy(state["half"])
         if state["method"] is not None and stack is not None:
-            kind = BatchedPass if state["method"] == "batched" else SequentialPass
-            self._pass = kind(self._model, self._loss_fn, stack.parameters, stack.buffers)
+            self._pass = self._make(BatchedPass if state["method"] == "batched" else SequentialPass, stack)
+
+    def _make(self, kind: type[_P], stack: Stack) -> _P:
+        return kind(self._model, self._loss_fn, stack.parameters, stack.buffers)
 
     def _choose(self, stack: Stack, x: Any, y: Any) -> None:
-        names = (self._model, self._loss_fn, stack.parameters, stack.buffers)
         self._chunk = 1
-        sequential = SequentialPass(*names)
+        sequential = self._make(SequentialPass, stack)
         if self._asked == "sequential":
             self._pass = sequential
             return
-        batched = BatchedPass(*names)
+        batched = self._make(BatchedPass, stack)
         if (reason := difference(sequential, batched, stack.rows(0, 1), x, y)) is not None:
             if self._asked == "batched":
                 raise RuntimeError(
@@ -161,7 +163,7 @@ class Trainer:
         del sequential  # its copy of the model: the batched pass needs the memory
         self._pass, self._chunk = batched, self._first_chunk(stack)
         if measures and alone <= self._measure(batched, stack, x, y, alone):
-            self._pass, self._chunk = SequentialPass(*names), 1
+            self._pass, self._chunk = self._make(SequentialPass, stack), 1
 
     def _measure(self, batched: BatchedPass, stack: Stack, x: Any, y: Any, alone: float) -> float:
         """Return the seconds that a model takes of a batched pass; alone it takes as many as given."""
