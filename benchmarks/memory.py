@@ -10,7 +10,6 @@ import datetime
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import warnings
@@ -23,6 +22,7 @@ from cpuinfo import get_cpu_info
 
 from autolr_fast import EVALUATORS, FACTORS_7, AutoLR, EvaluatorError
 
+from . import resident
 from .baselines import BASELINES
 from .problems import SEED, Problem, make_problem
 from .report import write
@@ -34,7 +34,7 @@ MODELS = ("wide mlp", "resnet18")
 FACTORS = FACTORS_7
 TRAININGS = ("plain training", "training with AutoLR(evaluator='streamed')")
 _STEPS = 6
-_STATM, _STATUS, _CLEAR = (Path("/proc/self") / name for name in ("statm", "status", "clear_refs"))
+_CLEAR = Path("/proc/self/clear_refs")
 _RESETS = os.access(_CLEAR, os.W_OK)
 
 
@@ -118,7 +118,7 @@ def watch(run: Callable[[], Any]) -> Seen:
     elif _RESETS:
         _CLEAR.write_text("5", encoding="utf-8")  # the high-water mark goes down to what is in use
     run()
-    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else _high_water()
+    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resident.high_water()
     gc.collect()
     return Seen(before, peak, _in_use())
 
@@ -135,15 +135,7 @@ def train(problem: Problem, probing: bool) -> None:
 
 
 def _in_use() -> int:
-    if DEVICE == "cuda":
-        return torch.cuda.memory_allocated()
-    return int(_STATM.read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
-
-
-def _high_water() -> int:
-    # Not resource.getrusage: what a process was started by counts there.
-    (line,) = (line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
+    return torch.cuda.memory_allocated() if DEVICE == "cuda" else resident.in_use()
 
 
 def about() -> dict[str, Any]:
