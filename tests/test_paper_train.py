@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.paper import data, train
+from benchmarks.paper import data, run, train
 from benchmarks.paper.data import Batches, load_dataset
 from benchmarks.paper.models import ResNet18
 
@@ -22,7 +22,8 @@ pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
 SIZE = 16
-SMALL = ["--width", "4", "--batch-size", "8", "--momentum", "0.9"]
+# Of 75 images 69 are left to train on: the last batch is not full.
+SMALL = ["--width", "4", "--batch-size", "8", "--momentum", "0.9", "--validation", "6"]
 
 
 def write_shard(path, count, label="label", classes=3, seed=0):
@@ -44,7 +45,7 @@ def images(tmp_path_factory):
     """A directory with two training shards and a test shard."""
     directory = tmp_path_factory.mktemp("images")
     write_shard(directory / "train-00000-of-00002.parquet", 40, seed=1)
-    write_shard(directory / "train-00001-of-00002.parquet", 29, seed=2)  # 69: the last batch is not full
+    write_shard(directory / "train-00001-of-00002.parquet", 35, seed=2)
     write_shard(directory / "test-00000-of-00001.parquet", 20, seed=3)
     return directory
 
@@ -62,10 +63,10 @@ def rows_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def without_timings(rows):
-    """Return the rows after the header, less what a clock wrote."""
+def without_cost(rows):
+    """Return the rows after the header, less the time and memory that they took."""
     assert rows[0]["kind"] == "header"
-    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in rows[1:]]
+    rows = [{key: value for key, value in row.items() if key not in ("seconds", "memory")} for row in rows[1:]]
     for row in rows:
         if "probe" in row:
             assert row["probe"].pop("seconds") > 0
@@ -74,7 +75,7 @@ def without_timings(rows):
 
 def assert_same_run(out, expected):
     """Assert that two finished runs have the same bits: parameters, optimizer, scheduler, log."""
-    assert without_timings(rows_of(out)) == without_timings(rows_of(expected))
+    assert without_cost(rows_of(out)) == without_cost(rows_of(expected))
     states = [torch.load(path / "checkpoint.pt", weights_only=True) for path in (out, expected)]
     for state in states:
         state["scheduler"].pop("evaluator", None)  # how many candidates the free memory allows at once
@@ -197,7 +198,7 @@ def test_augmentation_is_one_of_the_81_crops_flipped_or_not():
                 (top, left, flip): padded[:, top : top + SIZE, left : left + SIZE].flip(2 if flip else ())
                 for top, left, flip in itertools.product(range(9), range(9), (False, True))
             }
-            found.append([how for how, crop in crops.items() if torch.equal(plain.normalize(crop), after)])
+            found.append([how for how, crop in crops.items() if torch.equal(plain.normalize(crop[None])[0], after)])
     assert all(len(how) == 1 for how in found)
     tops, lefts, flips = zip(*[how[0] for how in found], strict=True)
     assert len(set(tops)) > 5
@@ -213,13 +214,22 @@ def test_the_log_says_what_was_done(arguments, tmp_path):
     train.main(arguments("run", "--scheduler", "auto", "--epochs", "4", "--every", "5", "--eval-every", "10"))
     header, *rows = rows_of(tmp_path / "run")
     steps = [row for row in rows if row["kind"] == "step"]
-    evals = [row for row in rows if row["kind"] == "eval"]
+    validations, tests = ([row for row in rows if row["kind"] == kind] for kind in ("validation", "test"))
     assert (header["classes"], header["train_images"], header["test_images"]) == (3, 69, 20)
     assert (header["steps_per_epoch"], header["total_steps"], header["args"]["momentum"]) == (8, 32, 0.9)
     assert header["parameters"] == sum(p.numel() for p in ResNet18(3, width=4).parameters())
     assert [row["step"] for row in steps] == list(range(1, 33))
     assert [row["epoch"] for row in steps] == [step // 8 for step in range(32)]
-    assert [row["step"] for row in evals] == [10, 20, 30, 32]
+    assert [row["step"] for row in validations] == [10, 20, 30, 32]
+    assert [row["step"] for row in tests] == [32]
+    assert header["validation_images"] == 6
+    seconds, memory = zip(*((row["seconds"], row["memory"]) for row in (*validations, *tests)), strict=True)
+    for kind in ("training", "probing", "evaluating"):
+        spent = [each[kind] for each in seconds]
+        assert spent == sorted(spent)
+        assert spent[0] > 0
+    assert memory == tuple(sorted(memory))
+    assert 2**26 < memory[0] < 2**36  # a process that has loaded torch
 
     # Probes: the first 20 steps, then every 5th; each starts where the last left, annealing included.
     probes = [row["probe"] for row in steps if "probe" in row]
@@ -239,17 +249,21 @@ def test_the_log_says_what_was_done(arguments, tmp_path):
 
     # The first loss and the last accuracy, by hand.
     dataset = load_dataset(Path(header["args"]["data"]), tmp_path / "cache")
-    batches = Batches(dataset.train_images, dataset.train_labels, 8, seed=0, augment=True)
+    batches = Batches(dataset.train_images[:69], dataset.train_labels[:69], 8, seed=0, augment=True)
     torch.manual_seed(0)
     x, y = batches.batch(0)
     model = ResNet18(3, width=4)
     assert steps[0]["loss"] == pytest.approx(F.cross_entropy(model(x), y).item())
     model.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"])
     model.eval()
-    logits = torch.cat([model(batches.normalize(image[None])) for image in dataset.test_images])
-    correct = [int(row.argmax()) == int(label) for row, label in zip(logits, dataset.test_labels, strict=True)]
-    assert evals[-1]["test_accuracy"] == sum(correct) / 20
-    assert evals[-1]["test_loss"] == pytest.approx(F.cross_entropy(logits, dataset.test_labels).item(), rel=1e-4)
+    sets = {"test": (dataset.test_images, dataset.test_labels)}
+    sets["validation"] = (dataset.train_images[69:], dataset.train_labels[69:])
+    for row in (validations[-1], tests[-1]):
+        images, labels = sets[row["kind"]]
+        logits = torch.cat([model(batches.normalize(image[None])) for image in images])
+        correct = [int(logit.argmax()) == int(label) for logit, label in zip(logits, labels, strict=True)]
+        assert row["accuracy"] == sum(correct) / len(labels)
+        assert row["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +326,7 @@ def test_a_killed_run_goes_on_bit_for_bit(arguments, images, tmp_path):
 def test_an_interrupted_run_goes_on_bit_for_bit(arguments, tmp_path, monkeypatch, scheduler):
     more = ["--scheduler", scheduler, "--epochs", "3", "--eval-every", "5", "--checkpoint-every", "7"]
     train.main(arguments("uninterrupted", *more))
-    train_step = train.Run._train_step
+    train_step = run.Run._train_step
 
     def interrupted(run):
         if run.step == 11:
@@ -320,7 +334,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(arguments, tmp_path, monkeypatch
         train_step(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "_train_step", interrupted)
+        patch.setattr(run.Run, "_train_step", interrupted)
         with pytest.raises(SystemExit) as stopped:
             train.main(arguments("interrupted", *more))
     assert stopped.value.code == 130
@@ -329,7 +343,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(arguments, tmp_path, monkeypatch
     assert torch.load(tmp_path / "interrupted" / "checkpoint.pt", weights_only=True)["step"] == 7
 
     resumed_at = []
-    monkeypatch.setattr(train.Run, "_train_step", lambda run: resumed_at.append(run.step) or train_step(run))
+    monkeypatch.setattr(run.Run, "_train_step", lambda run: resumed_at.append(run.step) or train_step(run))
     train.main(arguments("interrupted", *more))
     assert resumed_at == list(range(7, 24))
     assert_same_run(tmp_path / "interrupted", tmp_path / "uninterrupted")
@@ -345,9 +359,10 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(arguments, tmp_path, 
 
     train.main(arguments("run", *more))
     train.main(arguments("whole", *more))
-    run, whole = (without_timings(rows_of(tmp_path / out)) for out in ("run", "whole"))
-    stop = run.pop(6)
-    assert (stop["kind"], stop["step"]) == ("eval", 6)
+    run, whole = (without_cost(rows_of(tmp_path / out)) for out in ("run", "whole"))
+    stops = run[6:8]
+    del run[6:8]
+    assert [(stop["kind"], stop["step"]) for stop in stops] == [("validation", 6), ("test", 6)]
     assert run == whole
 
 
@@ -413,10 +428,14 @@ def assert_refused(argv, said, capsys):
         (["--epochs", "1.5"], ["--epochs", "'1.5'", "a whole number of at least 1"]),
         (["--every", "0"], ["--every", "'0'", "at least 1"]),
         (["--scheduler", "cosin"], ["--scheduler", "'cosin'", "'cosine'"]),
+        (["--every", "epochs"], ["--every", "'epochs'", "'epoch'"]),
         (["--scheduler", "cosine", "--every", "2"], ["--every 2", "--scheduler cosine", "leave it out"]),
-        (["--factors", "4"], ["--factors", "4", "3, 5, 7"]),
+        (["--scheduler", "step", "--score", "rank"], ["--score rank", "--scheduler step", "leave it out"]),
+        (["--scheduler", "step", "--score-batch", "independent"], ["--score-batch independent", "leave it out"]),
+        (["--factors", "4"], ["--factors", "4", "'3', '5', '7', 'wide'"]),
         (["--device", "nowhere"], ["--device", "'nowhere'", "use 'cpu'"]),
         (["--limit", "70"], ["--limit 70", "69 images"]),
+        (["--validation", "75"], ["--validation 75", "75 images", "less"]),
         (["--test-limit", "21"], ["--test-limit 21", "20 images"]),
         (["--batch-size", "70"], ["--batch-size 70", "69 images"]),
         (["--data", "missing"], ["--data missing", "no such directory"]),

@@ -79,14 +79,23 @@ class Batches:
             self._order = torch.randperm(self.count, generator=generator).to(self._images.device)
             self._epoch = epoch
         chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
-        images = self._images[chosen]
-        if self._augment:
-            images = _flip_and_crop(images, _generator(f"augment {self._seed} {step}"))
-        return self.normalize(images), self._labels[chosen]
+        return self._take(chosen, f"augment {self._seed} {step}")
+
+    def random_batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return images [size, 3, H, W], normalised, and labels [size], drawn anew and with replacement."""
+        generator = _generator(f"draw {self._seed} {step}")
+        chosen = torch.randint(self.count, (size,), generator=generator).to(self._images.device)
+        return self._take(chosen, f"augment drawn {self._seed} {step}")
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Return uint8 images [B, 3, H, W] with the training set's mean 0 and deviation 1 in each channel."""
-        return (images.float() - self._mean) / self._std
+        """Return uint8 images [B, 3, H, W] so that the training set's channels have mean 0 and deviation 1."""
+        return ((images.float() - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
+
+    def _take(self, chosen: Tensor, stream: str) -> tuple[Tensor, Tensor]:
+        images = self._images[chosen]
+        if self._augment:
+            images = _flip_and_crop(images, _generator(stream))
+        return self.normalize(images), self._labels[chosen]
 
 
 def load_dataset(directory: Path, cache: Path) -> Dataset:
