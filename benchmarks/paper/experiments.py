@@ -60,7 +60,7 @@ _PAPER: Options = {"scheduler": "paper"}
 _EVERY_10 = {**_PAPER, "every": 10}
 _MOMENTUM = {"momentum": 0.9}
 _INDEPENDENT = {"score-batch": "independent"}
-_RESULT = ("accuracy", "loss", "lr after an epoch", "lr at the end", "seeds")
+_RESULT = ("accuracy", "best validation", "loss", "lr after an epoch", "lr at the end", "seeds")
 
 
 def _scoring_batches() -> Iterator[Setting]:
@@ -139,7 +139,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         "taken again, as this package's default does; the rest as in the source. The source does not say whether "
         "there is momentum.",
         tuple(_from_1()),
-        ("accuracy", "highest training loss", "not finite", *_RESULT[2:]),
+        ("accuracy", "highest training loss", "not finite", *_RESULT[3:]),
     ),
     "scores": Experiment(
         "Scores and normalisations",

@@ -24,6 +24,11 @@ def page(name: str, rows: Mapping[str, Rows]) -> str:
     experiment = EXPERIMENTS[name]
     lines = [f"# {experiment.title}", "", experiment.question, ""]
     lines += ["Mean ± standard deviation over the seeds."]
+    if "best validation" in experiment.columns:
+        lines[-1] += (
+            " Accuracy and loss are those of the test images at the end; the best validation accuracy is that of the "
+            "best moment, which flatters what goes up and down."
+        )
     if any(column.startswith("lr ") for column in experiment.columns):
         lines[-1] += (
             " A learning rate is the geometric mean of the steps since the validation before, and of the seeds "
@@ -109,6 +114,9 @@ def _times_constant(rows: Rows, of_experiment: Rows) -> str:
 Column = Callable[[Rows, Rows], str]
 COLUMNS: Mapping[str, Column] = {
     "accuracy": lambda rows, _: _mean([100 * row["test_accuracy"] for row in rows], ".1f", " %"),
+    "best validation": lambda rows, _: _mean(
+        [100 * max(point["validation_accuracy"] for point in row["curve"]) for row in rows], ".1f", " %"
+    ),
     "loss": lambda rows, _: _mean([row["test_loss"] for row in rows], ".3f"),
     "lr after an epoch": lambda rows, _: _rate([_after_an_epoch(row) for row in rows]),
     "lr at the end": lambda rows, _: _rate([row["curve"][-1]["lr"] for row in rows]),
