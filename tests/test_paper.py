@@ -330,7 +330,7 @@ def test_a_report_keeps_what_was_there_and_drops_what_is_no_longer_asked_for(tmp
     assert report.write() == []
     report.add(constant, 0, tmp_path / "first")
     lines, _, text = report.write()
-    assert "| constant | 50.0 % | 83.5 % | 1.750 |" in text.read_text()
+    assert "| constant | 50.0 % | 83.5 % | 50.0 % | 1.750 |" in text.read_text()
 
     report = Report("schedulers", "toy", tmp_path / "results")
     report.add(constant, 1, tmp_path / "second")
@@ -338,8 +338,8 @@ def test_a_report_keeps_what_was_there_and_drops_what_is_no_longer_asked_for(tmp
     report.write()
     rows = lines_of(lines)
     assert [(row["setting"], row["seed"]) for row in rows] == [("constant", 0), ("constant", 1), ("linear", 0)]
-    assert "| constant | 62.5 ± 17.7 % | 83.5 % | 1.750 ± 0.000 |" in text.read_text()
-    assert "| linear | 75.0 % | 85.2 % | 1.750 |" in text.read_text()
+    assert "| constant | 62.5 ± 17.7 % | 83.5 % | 50.0 ± 0.0 % | 1.750 ± 0.000 |" in text.read_text()
+    assert "| linear | 75.0 % | 85.2 % | 50.0 % | 1.750 |" in text.read_text()
 
     rows[0]["options"]["epochs"] = 9  # as if the scale had been another then
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
