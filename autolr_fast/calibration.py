@@ -11,8 +11,10 @@ from torch import Tensor
 
 __all__ = ["Found", "Look", "is_unseen", "search", "steady_state"]
 
-_MAX_ROUNDS = 80  # FACTORS_3 with exp over minmax moves by up to x 1.29 a round: eight decades
-_SETTLED = 0.1  # a round that moves the logarithm of the rate by less ends the search
+_MAX_ROUNDS = 80  # about 20 are needed for eight decades
+_WIDEST = 8  # power of the factors
+_SETTLED = 0.1  # a round that moves the logarithm of the rate by less, per power of the factors, has settled
+_CAUTION = 1 / 3  # the level after the first step, in units of the rate that suits that step
 _UNSEEN = 10.0  # growth where the losses are all equal: the candidates are too close for the precision
 
 
@@ -37,28 +39,42 @@ class Found(NamedTuple):
     rounds: int
 
 
-def search(look: Callable[[float], Look], lowest: float, highest: float) -> Found:
+def search(look: Callable[[float, int], Look], lowest: float, highest: float) -> Found:
     """Follow the factor until it settles.
 
+    The candidates lie further apart each round while the factor keeps its direction, and closer again afterwards.
+
     Args:
-        look: from a ratio to what the candidates ``ratio * factors`` say.
+        look: from a ratio and a power to what the candidates ``ratio * factors ** power`` say.
         lowest: smallest ratio.
         highest: largest ratio.
 
     Example:
-        >>> def look(ratio):  # the best ratio is 8; half of the way a round, in logarithm
-        ...     return Look((1, 2), torch.tensor([1.0, 2.0]), torch.ones(2), torch.tensor((8 / ratio) ** 0.5), 1e-7)
-        >>> found = search(look, 1e-3, 1e3)
-        >>> round(found.ratio, 2), found.rounds
-        (7.5, 5)
+        >>> def look(ratio, power):  # the best ratio is 8000; a round goes there, but by no more than a factor of 2
+        ...     factor = min(2.0, (8000 / ratio) ** (1 / power))
+        ...     return Look((1, 2), torch.tensor([1.0, 2.0]), torch.ones(2), torch.tensor(factor), 1e-7)
+        >>> found = search(look, 1e-6, 1e6)
+        >>> round(found.ratio), found.rounds
+        (8000, 8)
     """
-    ratio, rounds, moved = 1.0, 0, math.inf
-    while moved >= _SETTLED and rounds < _MAX_ROUNDS:
-        seen = look(ratio)
-        factor = _UNSEEN if is_unseen(seen) else seen.factor.item()
-        before, ratio = ratio, min(max(ratio * factor, lowest), highest)
-        moved = abs(math.log(ratio / before))
+    ratio, rounds, power = 1.0, 0, 1
+    before, turned = 0.0, False  # the last move of the ratio's logarithm; whether it has turned once
+    while rounds < _MAX_ROUNDS:
+        seen = look(ratio, power)
+        factor = _UNSEEN if is_unseen(seen) else seen.factor.item() ** power
+        wanted = min(max(ratio * factor, lowest), highest)
+        moved, ratio = math.log(wanted / ratio), wanted
         rounds += 1
+        settled = abs(moved) < _SETTLED * power
+        if settled and power == 1:
+            break
+        turns = moved * before < 0
+        turned = turned or turns or settled
+        if not turned:
+            power = min(2 * power, _WIDEST)
+        elif turns or settled:
+            power = max(power // 2, 1)
+        before = moved
     return Found(ratio, seen, rounds)
 
 
@@ -70,15 +86,15 @@ def is_unseen(seen: Look) -> bool:
 
 
 def steady_state(optimizer: torch.optim.Optimizer, warm: bool) -> float:
-    """Return how much smaller the level should be than the rate that suits the first step.
+    """Return how much smaller the level should be at first than the rate that suits the first step.
 
-    The first step of SGD has an empty momentum buffer; in the steady state steps are up to 1 / (1 - momentum)
-    times longer. The square root of that fitted trials on three networks; neither all of it nor none did. Adam
-    needs no such thing: it corrects the bias of its first steps.
+    What suits the first step is too much for the next ones: its loss is the easiest to lower, and SGD's momentum
+    buffer is empty, which makes the steps after it up to 1 / (1 - momentum) times longer. Adam corrects the bias of
+    its first steps. A start too high may lose the network; one too low is made good by the next probes.
 
     Args:
         optimizer: SGD has ``dampening``, and others with a momentum have not.
-        warm: whether the buffers held something before that step.
+        warm: whether the buffers held something before that step, as they do in a training that goes on.
     """
     momenta = [group["momentum"] for group in optimizer.param_groups if "dampening" in group]
-    return 1.0 if warm else math.sqrt(1.0 - max(momenta, default=0.0))
+    return 1.0 if warm else _CAUTION * (1.0 - max(momenta, default=0.0))

@@ -362,7 +362,7 @@ class AutoLR(LRScheduler):
         scratch = self._rates.level.clone()  # the level moves once, when the search has ended
         lowest, highest = (limit / taken for limit in self._rates.limits)
         ratio, seen, rounds = search(
-            lambda ratio: self._look(line, tuple(ratio * f for f in self.factors), closure, scratch),
+            lambda ratio, power: self._look(line, tuple(ratio * f**power for f in self.factors), closure, scratch),
             lowest,
             highest,
         )

@@ -26,8 +26,8 @@ def page(name: str, rows: Mapping[str, Rows]) -> str:
     lines += ["Mean ± standard deviation over the seeds."]
     if "best validation" in experiment.columns:
         lines[-1] += (
-            " Accuracy and loss are those of the test images at the end; the best validation accuracy is that of the "
-            "best moment, which flatters what goes up and down."
+            " Accuracy and loss are those of the test images at the end; the best validation accuracy is that of "
+            "the best moment, which flatters what goes up and down."
         )
     if any(column.startswith("lr ") for column in experiment.columns):
         lines[-1] += (
