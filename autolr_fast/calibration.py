@@ -14,7 +14,7 @@ __all__ = ["Found", "Look", "is_unseen", "search", "steady_state"]
 _MAX_ROUNDS = 80  # about 20 are needed for eight decades
 _WIDEST = 8  # power of the factors
 _SETTLED = 0.1  # a round that moves the logarithm of the rate by less, per power of the factors, has settled
-_CAUTION = 1 / 3  # the level after the first step, in units of the rate that suits that step
+_CAUTION = 1 / 3  # the level after the first step, at most, in units of the rate that suits that step
 _UNSEEN = 10.0  # growth where the losses are all equal: the candidates are too close for the precision
 
 
@@ -88,13 +88,14 @@ def is_unseen(seen: Look) -> bool:
 def steady_state(optimizer: torch.optim.Optimizer, warm: bool) -> float:
     """Return how much smaller the level should be at first than the rate that suits the first step.
 
-    What suits the first step is too much for the next ones: its loss is the easiest to lower, and SGD's momentum
-    buffer is empty, which makes the steps after it up to 1 / (1 - momentum) times longer. Adam corrects the bias of
-    its first steps. A start too high may lose the network; one too low is made good by the next probes.
+    What suits the first step is too much for the next ones: its loss is the easiest to lower. A start too high may
+    lose the network; one too low is made good by the next probes. With SGD's momentum, whose buffer is empty at
+    first, later steps are 1 / (1 - momentum) times longer besides, and steadier; Adam corrects the bias of its
+    first steps.
 
     Args:
         optimizer: SGD has ``dampening``, and others with a momentum have not.
         warm: whether the buffers held something before that step, as they do in a training that goes on.
     """
     momenta = [group["momentum"] for group in optimizer.param_groups if "dampening" in group]
-    return 1.0 if warm else _CAUTION * (1.0 - max(momenta, default=0.0))
+    return 1.0 if warm else min(_CAUTION, 1.0 - max(momenta, default=0.0))

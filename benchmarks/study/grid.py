@@ -1,0 +1,90 @@
+"""What is asked: the studies, each a list of cells."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from .methods import OPTIMIZERS
+from .tasks import TASKS
+from .training import Cell
+from .variants import VARIANTS
+
+__all__ = ["STARTS", "STUDIES", "TUNED", "Study"]
+
+STARTS = (1e-6, 1e-4, 1e-2, 1.0, 10.0)
+"""Where AutoLR starts."""
+TUNED = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+"""What a schedule is tuned over."""
+_OUTSIDE = (1e-6, 1e-5, 1e-4, 10.0)
+_PEERS = {"D-Adaptation": OPTIMIZERS, "Prodigy": ("AdamW",), "DoG": ("SGD",), "SaLSA": ("AdamW",)}
+
+
+class Study(NamedTuple):
+    """A question and the cells that answer it, those of a seed after those of the one before.
+
+    Attributes:
+        title: of its table.
+        cells: from seeds to cells.
+    """
+
+    title: str
+    cells: Callable[[Sequence[int]], Iterable[Cell]]
+
+
+def _grid(methods: Iterable[str], lrs: Iterable[float]) -> Callable[[Sequence[int]], Iterable[Cell]]:
+    def cells(seeds: Sequence[int]) -> Iterable[Cell]:
+        for seed, method, task, optimizer, lr in itertools.product(seeds, methods, TASKS, OPTIMIZERS, lrs):
+            yield Cell(task, optimizer, method, lr, seed)
+
+    methods, lrs = tuple(methods), tuple(lrs)
+    return cells
+
+
+def _peers(seeds: Sequence[int]) -> Iterable[Cell]:
+    """Those that need no learning rate at the 1 they ask for; Schedule-Free over the grid, since it needs one."""
+    for seed, task in itertools.product(seeds, TASKS):
+        for method, optimizers in _PEERS.items():
+            for optimizer in optimizers:
+                yield Cell(task, optimizer, method, 1.0, seed)
+        for optimizer, lr in itertools.product(("momentum", "AdamW"), TUNED):
+            yield Cell(task, optimizer, "Schedule-Free", lr, seed)
+
+
+def _batches(seeds: Sequence[int]) -> Iterable[Cell]:
+    """Batches of 8 to 512, as many steps as otherwise."""
+    for seed, task, optimizer, size in itertools.product(seeds, TASKS, OPTIMIZERS, (8, 32, 128, 512)):
+        if size != TASKS[task].batch_size:
+            for lr in (1e-4, 1.0):
+                yield Cell(task, optimizer, "AutoLR", lr, seed, batch_size=size)
+            for lr in TUNED:
+                yield Cell(task, optimizer, "cosine", lr, seed, batch_size=size)
+
+
+def _lengths(seeds: Sequence[int]) -> Iterable[Cell]:
+    for seed, length, task, optimizer in itertools.product(seeds, (2, 5, 20), TASKS, OPTIMIZERS):
+        for lr in (1e-4, 1.0):
+            yield Cell(task, optimizer, "AutoLR", lr, seed, length=length)
+        for lr in TUNED:
+            yield Cell(task, optimizer, "cosine", lr, seed, length=length)
+
+
+STUDIES: Mapping[str, Study] = {
+    "starts": Study(
+        "AutoLR from any start, and the cosine schedule over a grid",
+        lambda seeds: itertools.chain.from_iterable(
+            itertools.chain(_grid(["AutoLR"], STARTS)([seed]), _grid(["cosine"], TUNED)([seed])) for seed in seeds
+        ),
+    ),
+    "outside": Study("The cosine schedule far from its best rates", _grid(["cosine"], _OUTSIDE)),
+    "variants": Study(
+        "AutoLR with one thing changed", _grid([f"AutoLR, {name}" for name in VARIANTS], (1e-4, 1.0))
+    ),
+    "schedules": Study(
+        "Other schedules over the grid", _grid(["constant", "linear", "step", "one cycle", "plateau"], TUNED)
+    ),
+    "peers": Study("Optimizers that need no learning rate", _peers),
+    "batches": Study("Batches of 8 to 512", _batches),
+    "lengths": Study("Two, five and twenty times as long", _lengths),
+}

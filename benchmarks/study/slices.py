@@ -1,0 +1,97 @@
+"""Trains what is missing, for as long as there is time: one row of a file for each cell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..paper.train import CACHE, number
+from .tasks import TASKS, Places
+from .training import Cell
+
+__all__ = ["RESULTS", "add_arguments", "read", "run_missing"]
+
+RESULTS = Path(__file__).parents[1] / "results" / "study"
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every study is told: where data and results lie, what to leave out, how long to go on."""
+    add = parser.add_argument
+    add("--images", type=Path, required=True, help="directory with train-*.parquet and test-*.parquet")
+    add("--text", type=Path, required=True, help="a text to learn")
+    add("--seeds", type=number(int, lowest=1), default=3, help="how many (%(default)s)")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
+    add("--methods", nargs="+", help="only these")
+    add("--jobs", type=number(int, lowest=1), default=os.cpu_count(), help="runs at a time (one a core)")
+    add("--minutes", type=number(float, lowest=0), default=math.inf, help="begin no more then (no limit)")
+    add("--results", type=Path, default=RESULTS, help="directory of the results (%(default)s)")
+    add("--cache", type=Path, default=CACHE, help="directory of the decoded images (%(default)s)")
+
+
+def read(path: Path) -> list[Row]:
+    """Return the rows of a file of JSON lines; none if there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run_missing(
+    work: Callable[[Cell, Places], Row], cells: Iterable[Cell], path: Path, args: argparse.Namespace
+) -> None:
+    """Do the work for each cell that has no row in a file yet, and add its row there; say what is still missing.
+
+    Args:
+        work: what is done; it runs in another process.
+        cells: in the order in which they are wanted.
+        path: of the file of JSON lines.
+        args: what :func:`add_arguments` lists.
+    """
+    wanted = [
+        cell
+        for cell in dict.fromkeys(cells)
+        if cell.task in args.tasks and (not args.methods or cell.method in args.methods)
+    ]
+    done = {_cell(row) for row in read(path)}
+    missing = [cell for cell in wanted if cell not in done]
+    count = len(missing)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for row in _run(work, missing, Places(args.images, args.cache, args.text), args.jobs, args.minutes):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            count -= 1
+    print(f"{count} of {len(wanted)} runs are missing; call this again, with --minutes for them, to go on")
+
+
+def _cell(row: Row) -> Cell:
+    return Cell(**{name: row[name] for name in Cell._fields})
+
+
+def _run(
+    work: Callable[[Cell, Places], Row], cells: Sequence[Cell], places: Places, jobs: int, minutes: float
+) -> Iterator[Row]:
+    end = time.monotonic() + 60 * minutes
+    waiting = iter(cells)
+    running: set[Future[Row]] = set()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context) as pool, tqdm(total=len(cells), unit="run", mininterval=1) as progress:
+        while True:
+            while len(running) < jobs and time.monotonic() < end and (cell := next(waiting, None)):
+                running.add(pool.submit(work, cell, places))
+            if not running:
+                return
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+                progress.update()

@@ -1,0 +1,101 @@
+"""One training, from a cell of the grid to a row of results."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+import warnings
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from cpuinfo import get_cpu_info
+
+import autolr_fast
+
+from .methods import METHODS
+from .tasks import TASKS, Places, batch, evaluate, load
+
+__all__ = ["Cell", "train"]
+
+_POINTS = 40  # of a curve
+_LOST_AFTER = 20  # steps in a row whose loss is not finite
+
+
+class Cell(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        task: a name in :data:`~benchmarks.study.tasks.TASKS`.
+        optimizer: a name in :data:`~benchmarks.study.methods.OPTIMIZERS`.
+        method: a name in :data:`~benchmarks.study.methods.METHODS`.
+        lr: where the learning rate starts.
+        seed: of the weights and the order of the examples.
+        batch_size: examples in a batch; 0 for the task's.
+        length: times as many steps as the task has.
+    """
+
+    task: str
+    optimizer: str
+    method: str
+    lr: float
+    seed: int
+    batch_size: int = 0
+    length: int = 1
+
+
+def train(cell: Cell, places: Places) -> dict[str, Any]:
+    """Train, and return the cell and what came of it.
+
+    Returns:
+        ``result``, what the task measures at the end, ``None`` if it is not finite; ``loss``, the mean training
+        loss of the last tenth; ``lost``, the step from which the loss was not finite, if any; ``lrs``, the learning
+        rates of about 40 steps from the first to the last, and ``losses``, the mean training loss between these;
+        ``seconds`` of training, ``scheduling``, how many of these were spent in the scheduler, and ``machine``,
+        which that was, and the versions.
+    """
+    torch.set_num_threads(1)
+    task, data = TASKS[cell.task], load(cell.task, places)
+    size, total = cell.batch_size or task.batch_size, cell.length * task.steps
+    torch.manual_seed(cell.seed)
+    model = task.model()
+    training = METHODS[cell.method](model, cell.optimizer, cell.lr, total)
+    lrs, losses, lost = [], [], None
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(total):
+            x, y = batch(data, step, size, cell.seed)
+            lrs.append(training.lr)
+            losses.append(training.step(partial(task.loss, model, x, y)))
+            if step % _LOST_AFTER == _LOST_AFTER - 1 and not torch.stack(losses[-_LOST_AFTER:]).isfinite().any():
+                lost = step + 1 - _LOST_AFTER
+                break
+    seconds = time.perf_counter() - start
+    result = evaluate(task, training.tested(model), data)
+    values = torch.stack(losses).tolist()
+    stride = max(1, total // _POINTS)
+    return {
+        **cell._asdict(),
+        "result": result if math.isfinite(result) and lost is None else None,
+        "loss": _mean(values[-max(1, total // 10) :]),
+        "lost": lost,
+        "lrs": [float(f"{lr:.3g}") for lr in (*lrs[::stride], lrs[-1])],
+        "losses": [_mean(values[i : i + stride]) for i in range(0, len(values), stride)],
+        "steps": len(values),
+        "seconds": round(seconds, 3),
+        "scheduling": round(training.scheduling, 3),
+        "machine": _machine(),
+    }
+
+
+@cache
+def _machine() -> str:
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    return f"{get_cpu_info()['brand_raw']}, {versions}, autolr_fast {autolr_fast.__version__}"
+
+
+def _mean(values: list[float]) -> float | None:
+    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.inf
+    return float(f"{mean:.4g}") if math.isfinite(mean) else None

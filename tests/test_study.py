@@ -1,0 +1,236 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.study import __main__ as study
+from benchmarks.study import slices
+from benchmarks.study.grid import STARTS, STUDIES, TUNED
+from benchmarks.study.methods import METHODS, OPTIMIZERS
+from benchmarks.study.report import gain, outcomes, table
+from benchmarks.study.signals import SCALES, watch
+from benchmarks.study.tasks import TASKS, Places, batch, evaluate, load
+from benchmarks.study.training import Cell, train
+from benchmarks.study.windows import Quadratic, best_scale, levels, sharpness
+
+pytest.importorskip("sklearn")
+
+NOWHERE = Places(Path("missing"), Path("missing"), Path("missing"))  # digits and friedman are made, not read
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Make the digits last for 12 steps, and leave the number of threads as it is."""
+    monkeypatch.setitem(TASKS, "digits", TASKS["digits"]._replace(steps=12))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
+# Tasks
+
+
+def test_each_epoch_has_every_example_once():
+    data = load("digits", NOWHERE)
+    y = data.train[1]
+    seen = torch.cat([batch(data, step, 7, seed=3)[1] for step in range(len(y) // 7)])
+    assert len(seen) == 7 * (len(y) // 7)
+    places = [batch(data, step, 7, seed=3)[0] for step in (0, 1, len(y) // 7)]
+    assert not torch.equal(places[0], places[1])
+    assert not torch.equal(places[0], places[2])
+    assert torch.equal(batch(data, 1, 7, seed=3)[0], places[1])
+
+
+def test_a_share_of_the_labels_is_wrong():
+    clean, noisy = load("digits", NOWHERE), load("noise", NOWHERE)
+    assert torch.equal(clean.train[0], noisy.train[0])
+    assert torch.equal(clean.test[1], noisy.test[1])
+    # A fifth is drawn anew, of which a tenth are right by chance.
+    assert (clean.train[1] != noisy.train[1]).double().mean() == pytest.approx(0.18, abs=0.04)
+
+
+@pytest.mark.parametrize("name", ["digits", "friedman"])
+def test_the_measure_is_of_the_examples_kept_back(name):
+    task, data = TASKS[name], load(name, NOWHERE)
+    torch.manual_seed(0)
+    model = task.model()
+    result = evaluate(task, model, data)
+    x, y = data.test
+    model.eval()
+    if task.measure == "accuracy":
+        assert result == pytest.approx(100 * (model(x).argmax(1) == y).double().mean().item())
+    else:
+        assert result == pytest.approx(F.mse_loss(model(x), y).item(), rel=1e-5)
+
+
+def test_a_text_is_cut_into_pieces(tmp_path):
+    text = "".join(chr(97 + i * i % 26) for i in range(6500))
+    (tmp_path / "text").write_text(text)
+    data = TASKS["lstm"].data(NOWHERE._replace(text=tmp_path / "text"))
+    (x, y), (test, _) = data
+    assert x.shape == y.shape == (90, 64)
+    assert test.shape == (11, 64)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    letters = sorted(set(text))
+    assert "".join(letters[i] for i in x[3]) == text[192:256]
+    model = TASKS["lstm"].model()
+    assert TASKS["lstm"].loss(model, x[:4], y[:4]).item() == pytest.approx(math.log(65), rel=0.05)
+
+
+# Trainings
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method):
+    packages = {"D-Adaptation": "dadaptation", "Prodigy": "prodigyopt", "Schedule-Free": "schedulefree"}
+    pytest.importorskip({**packages, "DoG": "dog", "SaLSA": "salsa"}.get(method, "torch"))
+    row = train(Cell("digits", "AdamW", method, 0.01, seed=1), NOWHERE)
+    assert row["steps"] == 12
+    assert row["lost"] is None
+    assert row["losses"][-1] < row["losses"][0]
+    assert row["lrs"][0] == 0.01 or method == "one cycle"
+    assert 0 <= row["scheduling"] < row["seconds"]
+
+
+def test_a_row_is_what_a_loop_by_hand_gives():
+    task, data = TASKS["digits"], load("digits", NOWHERE)
+    torch.manual_seed(5)
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for step in range(24):
+        x, y = batch(data, step, 16, seed=5)
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / 24))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    row = train(Cell("digits", "momentum", "cosine", 0.1, seed=5, batch_size=16, length=2), NOWHERE)
+    assert row["losses"] == pytest.approx(losses, rel=1e-3)
+    assert row["loss"] == pytest.approx(sum(losses[-2:]) / 2, rel=1e-3)
+    assert row["result"] == pytest.approx(evaluate(task, model, data))
+
+
+def test_a_lost_training_stops_and_has_no_result(monkeypatch):
+    monkeypatch.setitem(TASKS, "digits", TASKS["digits"]._replace(steps=100))
+    row = train(Cell("digits", "SGD", "constant", 1e30, seed=0), NOWHERE)
+    assert row["result"] is None
+    assert row["steps"] < 100
+    assert row["lost"] is not None
+
+
+def test_signals_are_the_losses_along_the_lines(monkeypatch):
+    monkeypatch.setitem(TASKS, "friedman", TASKS["friedman"]._replace(steps=20))
+    cell = Cell("friedman", "SGD", "cosine", 0.1, seed=0)
+    row = watch(cell, NOWHERE)
+    task, data = TASKS["friedman"], load("friedman", NOWHERE)
+    torch.manual_seed(0)
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(20):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / 20))
+        optimizer.zero_grad()
+        task.loss(model, *batch(data, step, 32, 0)).backward()
+        optimizer.step()
+    now = [parameter.detach().clone() for parameter in model.parameters()]
+    for name, examples in (("own 1", batch(data, 19, 32, 0)), ("next 1", batch(data, 20, 32, 0))):
+        for scale, seen in zip(SCALES, row["signals"][name][-1], strict=True):
+            for parameter, start, end in zip(model.parameters(), before, now, strict=True):
+                parameter.data = start + scale * (end - start)
+            assert seen == pytest.approx(task.loss(model, *examples).item(), rel=1e-5)
+    assert row["signals"]["own 1"][0] is None  # no probe fell into that quarter
+    assert row["result"] == pytest.approx(train(cell, NOWHERE)["result"])
+
+
+# Where lines settle
+
+
+@pytest.mark.parametrize(("rate", "window"), [(0.1, 1), (0.5, 1), (1.0, 1), (1.0, 2), (1.0, 3)])
+def test_sgd_on_a_noisy_quadratic_settles_at_the_inverse_of_the_curvature(rate, window):
+    """One step is ``rate`` of the way to what its batch wants; at 1 it gets there, whatever the steps before."""
+    assert best_scale(rate, window, count=20_000) == pytest.approx(1 / rate, rel=0.03)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.8, 0.9])
+def test_two_steps_with_momentum_settle_where_they_are_as_long_as_those_without(momentum):
+    assert best_scale(1 - momentum, 2, momentum, count=20_000) == pytest.approx(1.0, rel=0.03)
+    assert best_scale(1 - momentum, 1, momentum, count=20_000) > 1.5
+
+
+def test_a_level_follows_the_length_of_what_is_normalized():
+    assert 0.5 < levels(False, 1, steps=300)[-1] < 2
+    assert levels(True, 1, steps=300)[-1] > 100
+
+
+def test_sharpness_is_the_largest_curvature():
+    model = Quadratic(normalized=False)
+    model.curvatures.copy_(torch.cat([torch.linspace(0.1, 4.0, 49), torch.tensor([7.0])]))
+    assert sharpness(model, model(torch.zeros(50))) == pytest.approx(7.0, rel=0.01)
+
+
+# The grid, and what is missing of it
+
+
+def test_studies_ask_for_methods_and_tasks_that_exist():
+    for each in STUDIES.values():
+        cells = list(each.cells(range(2)))
+        assert len(set(cells)) == len(cells)
+        assert {cell.method for cell in cells} <= set(METHODS)
+        assert {cell.task for cell in cells} == set(TASKS)
+        assert {cell.optimizer for cell in cells} <= set(OPTIMIZERS)
+        assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_only_what_is_missing_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(slices, "_run", lambda work, cells, *_: (train(cell, NOWHERE) for cell in cells[:3]))
+    places = ["--images", "missing", "--text", "missing", "--results", str(tmp_path), "--seeds", "1"]
+    command = ["starts", *places, "--tasks", "digits", "--methods", "AutoLR"]
+    study.main(command)
+    assert "12 of 15 runs are missing" in capsys.readouterr().out
+    study.main(command)
+    assert "9 of 15 runs are missing" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == [*STARTS, STARTS[0]]
+    assert [row["optimizer"] for row in rows] == ["SGD"] * 5 + ["momentum"]
+
+
+def test_work_goes_on_in_processes_until_the_time_is_up(tmp_path, capsys):
+    places = ["--images", "missing", "--text", "missing", "--results", str(tmp_path), "--seeds", "1", "--jobs", "1"]
+    study.main(["peers", *places, "--tasks", "friedman", "--methods", "Schedule-Free", "--minutes", "0"])
+    assert "18 of 18 runs are missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [(["start"], "'start' is not one of starts"), (["--seeds", "0"], "'0' cannot be used")]
+)
+def test_bad_arguments_are_named(more, said, capsys):
+    with pytest.raises(SystemExit):
+        study.main([*more, "--images", "a", "--text", "b"])
+    assert said in capsys.readouterr().err
+
+
+# The tables
+
+
+def row(method, lr, seed, result, scheduling=1.0):
+    cell = Cell("digits", "SGD", method, lr, seed)
+    return {**cell._asdict(), "result": result, "scheduling": scheduling, "seconds": 11.0}
+
+
+def test_a_table_compares_with_the_best_tuned_cosine():
+    rows = [row("cosine", lr, seed, 90 - abs(math.log10(lr) + 1) + seed) for lr in TUNED for seed in (0, 1, 2)]
+    rows += [row("cosine", 1e-6, 0, 99.0)]  # not in the grid that is tuned over
+    rows += [row("AutoLR", lr, seed, 92.0 + seed) for lr in (1e-4, 1.0) for seed in (0, 1, 2)]
+    rows += [row("AutoLR", 10.0, seed, None) for seed in (0, 1, 2)]
+    _, _, cosine, auto = table(outcomes(rows), "SGD", ["cosine", "AutoLR"])
+    assert auto == "| AutoLR | +2.0 (-91.0 .. +2.0), 4.0 | 10% |"
+    assert cosine.startswith("| cosine | -1.0 (-2.5 .. +0.0), 2.0 |")
+
+
+def test_gains_are_points_or_percent():
+    assert gain("digits", 90.0, 91.5) == -1.5
+    assert gain("lstm", 1.8, 2.0) == pytest.approx(10.0)
+    assert gain("lstm", math.inf, 2.0) == -math.inf
