@@ -203,6 +203,15 @@ def test_work_goes_on_in_processes_until_the_time_is_up(tmp_path, capsys):
     assert "18 of 18 runs are missing" in capsys.readouterr().out
 
 
+def test_data_that_are_not_there_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(slices, "_run", lambda work, cells, places, *_: (train(cell, places) for cell in cells))
+    for task, said in (("images", "--data missing: there is no such directory"), ("lstm", "missing")):
+        with pytest.raises(SystemExit) as refused:
+            study.main(["--images", "missing", "--text", "missing", "--results", str(tmp_path), "--tasks", task])
+        assert refused.value.code == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "said"), [(["start"], "'start' is not one of starts"), (["--seeds", "0"], "'0' cannot be used")]
 )

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     studies = [STUDIES[name] for name in args.studies or STUDIES]
     cells = itertools.chain.from_iterable(study.cells(range(args.seeds)) for study in studies)
-    run_missing(train, cells, args.results / "runs.jsonl", args)
+    run_missing(train, cells, args.results / "runs.jsonl", args, parser)
 
 
 def _study(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,7 +35,6 @@ class Training:
     Args:
         optimizer: it takes the steps.
         scheduler: moves its learning rate after each, if there is one.
-        model: the network that is tested; by default the one that is trained.
 
     Attributes:
         scheduling: seconds spent in the scheduler.
@@ -134,7 +134,10 @@ class LineSearch(Training):
                 loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        return self.optimizer.step(evaluate).detach()  # type: ignore[arg-type, union-attr]
+        try:
+            return self.optimizer.step(evaluate).detach()  # type: ignore[arg-type, union-attr]
+        except ValueError:  # it found parameters that are not numbers
+            return torch.tensor(math.nan)
 
 
 Build = Callable[[nn.Module, str, float, int], Training]

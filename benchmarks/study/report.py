@@ -141,7 +141,7 @@ def figure(found: Found, methods: Sequence[str]) -> Figure:
         else:
             grid[0][column].set_ylim(0.97 * finite[0], 1.5 * finite[len(finite) // 2])
     handles, labels = grid[0][0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    drawn.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return drawn
 
 

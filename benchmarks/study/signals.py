@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     grid = itertools.product(range(args.seeds), TASKS, OPTIMIZERS, TUNED)
     cells = (Cell(task, optimizer, "cosine", lr, seed) for seed, task, optimizer, lr in grid)
-    run_missing(watch, cells, args.results / "signals.jsonl", args)
+    run_missing(watch, cells, args.results / "signals.jsonl", args, parser)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..paper.data import DataError
 from ..paper.train import CACHE, number
 from .tasks import TASKS, Places
 from .training import Cell
@@ -47,7 +48,11 @@ def read(path: Path) -> list[Row]:
 
 
 def run_missing(
-    work: Callable[[Cell, Places], Row], cells: Iterable[Cell], path: Path, args: argparse.Namespace
+    work: Callable[[Cell, Places], Row],
+    cells: Iterable[Cell],
+    path: Path,
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
 ) -> None:
     """Do the work for each cell that has no row in a file yet, and add its row there; say what is still missing.
 
@@ -56,6 +61,7 @@ def run_missing(
         cells: in the order in which they are wanted.
         path: of the file of JSON lines.
         args: what :func:`add_arguments` lists.
+        parser: is told of data that are not there, and of packages.
     """
     wanted = [
         cell
@@ -66,11 +72,16 @@ def run_missing(
     missing = [cell for cell in wanted if cell not in done]
     count = len(missing)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for row in _run(work, missing, Places(args.images, args.cache, args.text), args.jobs, args.minutes):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            count -= 1
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            for row in _run(work, missing, Places(args.images, args.cache, args.text), args.jobs, args.minutes):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                count -= 1
+    except (DataError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: pip install '.[study]', or leave its methods out by --methods")
     print(f"{count} of {len(wanted)} runs are missing; call this again, with --minutes for them, to go on")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autolr_fast import demo
 
 from ..models import CharacterTransformer
-from ..paper.data import load_dataset
+from ..paper.data import DataError, load_dataset
 from ..paper.models import ResNet18
 
 __all__ = ["TASKS", "Data", "Places", "Task", "batch", "evaluate", "load"]
@@ -148,8 +148,8 @@ def _text(places: Places) -> Data:
     text = places.text.read_text(encoding="utf-8")
     alphabet = {character: index for index, character in enumerate(sorted(set(text)))}
     if len(alphabet) > _CHARACTERS:
-        raise ValueError(
-            f"{places.text} has {len(alphabet)} different characters: give one of at most {_CHARACTERS}"
+        raise DataError(
+            f"--text {places.text} has {len(alphabet)} different characters: give one of at most {_CHARACTERS}"
         )
     corpus = torch.tensor([alphabet[character] for character in text])
     starts = torch.arange(0, len(corpus) - _CONTEXT - 1, _CONTEXT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -58,12 +59,14 @@ class Leashed(AutoLR):
         leash: share of the logarithm of its ratio to the calibrated level by which a probe draws it back there.
         guard: the level does not climb at a probe unless the mean loss of so many probes is below that of as many
             before; 0 for no such thing.
+        errors: by how many standard errors it has to be below.
     """
 
-    def __init__(self, *args: Any, leash: float = 0.0, guard: int = 0, **options: Any):
+    def __init__(self, *args: Any, leash: float = 0.0, guard: int = 0, errors: float = 0.0, **options: Any):
         super().__init__(*args, **options)
         self._leash = leash
         self._guard = guard
+        self._errors = errors
         self._anchor = 0.0
         self._losses: deque[float] = deque(maxlen=2 * guard)
 
@@ -79,8 +82,9 @@ class Leashed(AutoLR):
             return
         self._losses.append(self.last_probe.losses[self.factors.index(1.0)].item())
         if self._guard and len(self._losses) == 2 * self._guard:
-            losses = list(self._losses)
-            if sum(losses[self._guard :]) >= sum(losses[: self._guard]):
+            older, newer = (list(self._losses)[part] for part in (slice(self._guard), slice(self._guard, None)))
+            error = math.sqrt((statistics.variance(older) + statistics.variance(newer)) / self._guard)
+            if statistics.fmean(older) - statistics.fmean(newer) <= self._errors * error:
                 level = min(level, before)
         level += self._leash * (self._anchor - level) * self._rates.multiplier(now)
         self._rates.set_level(math.exp(level))
@@ -144,7 +148,8 @@ VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "start at (1 - momentum) / 3": (Started, {"caution": 1 / 3, "power": 1.0}),
     "leash 0.1": (Leashed, {"leash": 0.1}),
     "guard 10": (Leashed, {"guard": 10}),
-    "guard 5": (Leashed, {"guard": 5}),
+    "guard 10, one error": (Leashed, {"guard": 10, "errors": 1.0}),
+    "guard 10, two errors": (Leashed, {"guard": 10, "errors": 2.0}),
     "windows 1, 2 and 3": (AutoLR, {"window": (1, 2, 3)}),
     "windows 2 and 3": (AutoLR, {"window": (2, 3)}),
     "windows averaged, every 20": (Combined, {"combine": _mean, "every": 20}),
