@@ -17,6 +17,7 @@ from .calibration import Look, is_unseen, search, steady_state
 from .candidates import GradientLine, Line, candidate_parameters, live_rows
 from .distributed import ProcessGroup, is_sharded, mean_over_ranks
 from .evaluators import Evaluator, resolve_evaluator
+from .guard import Guard
 from .isolation import Closure, check_repeatable
 from .probe import Probe
 from .rates import Rates
@@ -54,6 +55,8 @@ class AutoLR(LRScheduler):
         calibrate: how many of the first optimizer steps are all probed. The first probe repeats the search
             along its step until the factor settles, and takes that step again at the rate found: the one time
             that parameters change. 0 for none.
+        guard: the level rises only if the mean loss of so many probes is below that of as many before, by more
+            than its standard error; 0 lets it rise whenever the factor says so.
         total_steps: optimizer steps of the whole training. Without it there is no annealing.
         anneal: ``"cosine"``, ``"linear"``, or a callable from the fraction of training done to a multiplier.
             The logarithm of each factor is scaled by it too, so that the level does not climb against it.
@@ -100,6 +103,7 @@ class AutoLR(LRScheduler):
         window: int | Sequence[int] = (1, 2),
         direction: str = "step",
         calibrate: int = 20,
+        guard: int = 10,
         total_steps: int | None = None,
         anneal: str | Annealing = "cosine",
         min_lr: float = 1e-12,
@@ -122,6 +126,9 @@ class AutoLR(LRScheduler):
         for count in windows:
             _check_count("window", count, at_least=1)
         _check_count("calibrate", calibrate, at_least=0)
+        _check_count("guard", guard, at_least=0, of="probes")
+        if guard == 1:
+            raise ValueError("guard=1: one probe has no standard error; give 2 or more, or 0 for no guard")
         if every is not None:
             _check_count("every", every, at_least=1)
         if total_steps is not None:
@@ -139,6 +146,7 @@ class AutoLR(LRScheduler):
 
         self.model = model
         self.factors = check_factors(factors)
+        self._unscaled = min(range(len(self.factors)), key=lambda n: abs(math.log(self.factors[n])))
         self.direction = direction
         self.total_steps = total_steps
         self.evaluator = resolve_evaluator(evaluator)
@@ -149,6 +157,7 @@ class AutoLR(LRScheduler):
         self._maximizes = bool(optimizer.param_groups[0].get("maximize", False))
         self._rates = Rates(optimizer, resolve_annealing(anneal), total_steps, min_lr, max_lr)
         self._cadence = Cadence(every, calibrate, windows)
+        self._guard = Guard(guard, self._rates.level.device)
         # A fresh gradient needs no snapshot: steps are only counted.
         counting = Cadence(every=None, calibrate=0, windows=(1,))
         self._snapshots = Snapshots(optimizer, self._cadence if direction == "step" else counting)
@@ -177,7 +186,7 @@ class AutoLR(LRScheduler):
             AutoLR(lr=[0.005], factors=(2.0, 1.0, 0.5), every=1, window=1, direction='step', calibrate=0,
             total_steps=None, evaluator='auto')
         """
-        setting: dict[str, Any] = {"every": 1, "window": 1, "calibrate": 0}
+        setting: dict[str, Any] = {"every": 1, "window": 1, "calibrate": 0, "guard": 0}
         return cls(optimizer, model, **{**setting, **overrides})
 
     def step(self, closure: Closure | None = None) -> None:  # type: ignore[override]
@@ -237,6 +246,7 @@ class AutoLR(LRScheduler):
             "warm": self._snapshots.warm,
             "base_lrs": list(self._rates.base),
             "level": self._rates.level.item(),
+            "losses": self._guard.state(),
             "evaluator": self.evaluator.state(),
             "snapshots": self._snapshots.state(self._parameters()),
         }
@@ -279,6 +289,7 @@ class AutoLR(LRScheduler):
         self._searched = state_dict["searched"]
         self._rates.base[:] = state_dict["base_lrs"]
         self._rates.set_level(state_dict["level"])
+        self._guard.load(state_dict["losses"])
         self.evaluator.load(state_dict["evaluator"])
         self._apply()
 
@@ -311,8 +322,11 @@ class AutoLR(LRScheduler):
             return
         lr_before = self._rates.current()
         if self._searched or now > self._cadence.calibrate:
-            exponent = self._rates.multiplier(now)
-            rounds, seen = 1, self._look(line, self.factors, closure, self._rates.level, exponent)
+            level = self._rates.level
+            before, exponent = level.clone(), self._rates.multiplier(now)
+            rounds, seen = 1, self._look(line, self.factors, closure, level, exponent)
+            loss = seen.losses[self._unscaled]
+            self._guard.hold(-loss if self._maximizes else loss, before, level)
         else:
             rounds, seen = self._search(line, closure)
         self._probed_step = now
@@ -436,8 +450,8 @@ def _check_optimizer(optimizer: object) -> None:
         )
 
 
-def _check_count(name: str, value: object, at_least: int) -> None:
+def _check_count(name: str, value: object, at_least: int, of: str = "optimizer steps") -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: expected a whole number of optimizer steps, {at_least} or more")
+        raise TypeError(f"{name}={value!r}: expected a whole number of {of}, {at_least} or more")
     if value < at_least:
-        raise ValueError(f"{name}={value!r}: expected {at_least} or more optimizer steps")
+        raise ValueError(f"{name}={value!r}: expected {at_least} or more {of}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,46 +51,31 @@ class Started(AutoLR):
 
 
 class Leashed(AutoLR):
-    """Holds the level by more than what the probes say.
+    """Draws the level back to the one after the first step a little at every probe.
 
     Args:
-        leash: share of the logarithm of its ratio to the calibrated level by which a probe draws it back there.
-        guard: the level does not climb at a probe unless the mean loss of so many probes is below that of as many
-            before; 0 for no such thing.
-        errors: by how many standard errors it has to be below.
+        leash: share of the logarithm of their ratio by which it is drawn.
     """
 
-    def __init__(self, *args: Any, leash: float = 0.0, guard: int = 0, errors: float = 0.0, **options: Any):
+    def __init__(self, *args: Any, leash: float, **options: Any):
         super().__init__(*args, **options)
         self._leash = leash
-        self._guard = guard
-        self._errors = errors
         self._anchor = 0.0
-        self._losses: deque[float] = deque(maxlen=2 * guard)
 
     def _probe(self, closure: Closure, window: int, now: int) -> None:
         searched = self._searched
-        before = math.log(self._rates.level.item())
         super()._probe(closure, window, now)
         level = math.log(self._rates.level.item())
         if not searched:
             self._anchor = level
-            return
-        if self._probed_step != now or self.last_probe is None:
-            return
-        self._losses.append(self.last_probe.losses[self.factors.index(1.0)].item())
-        if self._guard and len(self._losses) == 2 * self._guard:
-            older, newer = (list(self._losses)[part] for part in (slice(self._guard), slice(self._guard, None)))
-            error = math.sqrt((statistics.variance(older) + statistics.variance(newer)) / self._guard)
-            if statistics.fmean(older) - statistics.fmean(newer) <= self._errors * error:
-                level = min(level, before)
-        level += self._leash * (self._anchor - level) * self._rates.multiplier(now)
-        self._rates.set_level(math.exp(level))
-        self._rates.apply(now)
+        elif self._probed_step == now:
+            drawn = self._leash * (self._anchor - level) * self._rates.multiplier(now)
+            self._rates.set_level(math.exp(level + drawn))
+            self._rates.apply(now)
 
 
 class Combined(AutoLR):
-    """Looks along the lines of all windows at every probe, and moves by what they say together.
+    """Looks along the lines of all windows at every probe, and moves by what they say together, unguarded.
 
     Args:
         combine: from the logarithms of their factors to that of the factor that the level moves by.
@@ -145,11 +128,8 @@ VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "windows 1, 2 and 4": (AutoLR, {"window": (1, 2, 4)}),
     "high start": (Started, {"caution": 1.0, "power": 0.5}),
     "start at (1 - momentum)": (Started, {"caution": 1.0, "power": 1.0}),
-    "start at (1 - momentum) / 3": (Started, {"caution": 1 / 3, "power": 1.0}),
     "leash 0.1": (Leashed, {"leash": 0.1}),
-    "guard 10": (Leashed, {"guard": 10}),
-    "guard 10, one error": (Leashed, {"guard": 10, "errors": 1.0}),
-    "guard 10, two errors": (Leashed, {"guard": 10, "errors": 2.0}),
+    "not guarded": (AutoLR, {"guard": 0}),
     "windows 1, 2 and 3": (AutoLR, {"window": (1, 2, 3)}),
     "windows 2 and 3": (AutoLR, {"window": (2, 3)}),
     "windows averaged, every 20": (Combined, {"combine": _mean, "every": 20}),

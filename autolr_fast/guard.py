@@ -1,0 +1,67 @@
+"""Whether the level may rise: only while the training gets on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Guard"]
+
+
+class Guard:
+    """Remembers the losses that probes saw, and holds the level back while they do not fall.
+
+    The lines of a probe ask for a higher rate for as long as it lowers the loss of one batch, which it may do while
+    the training gets nowhere: in networks with BatchNorm, weights grow with the rate and ask for more of it. So the
+    level rises only if the mean loss of the last probes is below that of as many before by more than its standard
+    error. It may fall at any time. Nothing here synchronises with the host.
+
+    Args:
+        count: probes in a mean; 0 lets the level go anywhere.
+        device: of the level.
+
+    Example:
+        >>> guard = Guard(2, torch.device("cpu"))
+        >>> level = torch.tensor(1.0, dtype=torch.float64)
+        >>> for loss in (4.0, 3.9, 2.0, 1.9, 2.1, 2.0):
+        ...     before = level.clone()
+        ...     level *= 2
+        ...     guard.hold(torch.tensor(loss), before, level)
+        >>> level.item()  # held at the last two
+        16.0
+    """
+
+    def __init__(self, count: int, device: torch.device):
+        self.count = count
+        self._losses = torch.zeros(2 * count, dtype=torch.float64, device=device)
+        self._seen = 0
+
+    def hold(self, loss: Tensor, before: Tensor, level: Tensor) -> None:
+        """Add the loss of a probe, and put the level back in place if it rose and may not.
+
+        Args:
+            loss: 0-dim, of the step as it was taken; lower is better.
+            before: the level before the probe, 0-dim.
+            level: the level after it, 0-dim.
+        """
+        if self.count == 0:
+            return
+        self._losses = torch.cat([self._losses[1:], loss.reshape(1).to(self._losses)])
+        self._seen += 1
+        if self._seen >= 2 * self.count:
+            older, newer = self._losses[: self.count], self._losses[self.count :]
+            error = ((older.var() + newer.var()) / self.count).sqrt()
+            falls = older.mean() - newer.mean() > error  # not so if one is not finite
+            level.copy_(torch.where(falls, level, torch.minimum(level, before)))
+
+    def state(self) -> list[float]:
+        """Return the losses of the last probes."""
+        return self._losses[len(self._losses) - min(self._seen, len(self._losses)) :].tolist()
+
+    def load(self, losses: Sequence[float]) -> None:
+        """Take over what :meth:`state` returned, of a guard with the same count."""
+        self._seen = len(losses)
+        kept = torch.tensor(losses, dtype=torch.float64, device=self._losses.device)
+        self._losses = torch.cat([self._losses.new_zeros(len(self._losses) - len(losses)), kept])
