@@ -163,6 +163,7 @@ def test_two_steps_with_momentum_settle_where_they_are_as_long_as_those_without(
 def test_a_level_follows_the_length_of_what_is_normalized():
     assert 0.5 < levels(False, 1, steps=300)[-1] < 2
     assert levels(True, 1, steps=300)[-1] > 100
+    assert levels(True, 1, steps=300, guard=10)[-1] < 100
 
 
 def test_sharpness_is_the_largest_curvature():

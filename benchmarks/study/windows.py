@@ -9,7 +9,7 @@ Writes ``results/study/windows.png`` in about two minutes. Its panels:
 3. AutoLR itself on such a quadratic of many curvatures (dashed), and on the same loss of ``x / |x|``, as of weights
    before a normalisation. There a step is orthogonal to x and makes it longer, and the longer x is, the less a
    rate moves it: the level follows the length that follows the level, up to ``max_lr``. A longer line is only
-   slower.
+   slower; the guard ends it where the loss no longer falls.
 4. A network with BatchNorm, on digits: the rate times the sharpness, over 2; above 1 a quadratic diverges. The
    median of 5 measurements.
 """
@@ -79,12 +79,12 @@ def best_scale(rate: float, window: int, momentum: float = 0.0, count: int = 100
     return ((direction * (c - start)).mean() / direction.square().mean()).item()
 
 
-def levels(normalized: bool, window: int | tuple[int, ...], steps: int = 1500) -> list[float]:
-    """Return the learning rate at each step of SGD under AutoLR on the quadratic."""
+def levels(normalized: bool, window: int | tuple[int, ...], steps: int = 1500, guard: int = 0) -> list[float]:
+    """Return the learning rate at each step of SGD under AutoLR, unguarded unless told, on the quadratic."""
     torch.manual_seed(0)
     model = Quadratic(normalized)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = AutoLR(optimizer, model, window=window, every=5, evaluator="inplace")
+    scheduler = AutoLR(optimizer, model, window=window, every=5, guard=guard, evaluator="inplace")
     best, lrs = torch.randn(50) / math.sqrt(50), []
     for _ in range(steps):
         closure = partial(model, best + 0.05 * torch.randn(50))
@@ -97,13 +97,13 @@ def levels(normalized: bool, window: int | tuple[int, ...], steps: int = 1500) -
 
 
 def edges(window: int | tuple[int, ...], every: int = 10) -> list[float]:
-    """Return lr * sharpness / 2 at every tenth step of SGD on digits, with no annealing."""
+    """Return lr * sharpness / 2 at every tenth step of SGD on digits, with no annealing and no guard."""
     nowhere = Path("nowhere")
     task, data = TASKS["digits"], load("digits", Places(nowhere, nowhere, nowhere))
     torch.manual_seed(0)
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = AutoLR(optimizer, model, window=window, evaluator="inplace")
+    scheduler = AutoLR(optimizer, model, window=window, guard=0, evaluator="inplace")
     found = []
     for step in range(task.steps):
         x, y = batch(data, step, task.batch_size, seed=0)
@@ -158,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         values = edges(window)
         medians = [statistics.median(values[max(0, i - 2) : i + 3]) for i in range(len(values))]
         network.plot([10 * (i + 1) for i in range(len(values))], medians, color=colour, label=f"over {name}")
+    quadratics.plot(levels(True, (1, 2), guard=10), color="#111111", label="over 1 and 2, guarded")
     _log(quadratics, "step", "learning rate", "AutoLR on quadratics of x (dashed) and x / |x|", x="linear")
     network.axhline(1.0, color="0.5", linewidth=1)
     _log(network, "step", "learning rate x sharpness / 2", "network with BatchNorm, digits", x="linear")
