@@ -236,7 +236,7 @@ def test_a_table_compares_with_the_best_tuned_cosine():
     rows += [row("AutoLR", lr, seed, 92.0 + seed) for lr in (1e-4, 1.0) for seed in (0, 1, 2)]
     rows += [row("AutoLR", 10.0, seed, None) for seed in (0, 1, 2)]
     _, _, cosine, auto = table(outcomes(rows), "SGD", ["cosine", "AutoLR"])
-    assert auto == "| AutoLR | +2.0 (-91.0 .. +2.0), 4.0 | 10% |"
+    assert auto == "| AutoLR | +2.0 (-91.0 .. +2.0), 4.0 | 10% | 3 |"
     assert cosine.startswith("| cosine | -1.0 (-2.5 .. +0.0), 2.0 |")
 
 
