@@ -9,7 +9,7 @@ Writes ``results/study/windows.png`` in about two minutes. Its panels:
 3. AutoLR itself on such a quadratic of many curvatures (dashed), and on the same loss of ``x / |x|``, as of weights
    before a normalisation. There a step is orthogonal to x and makes it longer, and the longer x is, the less a
    rate moves it: the level follows the length that follows the level, up to ``max_lr``. A longer line is only
-   slower; the guard ends it where the loss no longer falls.
+   slower; so is the guard, which noise passes now and then.
 4. A network with BatchNorm, on digits: the rate times the sharpness, over 2; above 1 a quadratic diverges. The
    median of 5 measurements.
 """
