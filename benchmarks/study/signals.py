@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .grid import TUNED
-from .methods import METHODS, OPTIMIZERS
+from .methods import OPTIMIZERS
 from .slices import add_arguments, run_missing
-from .tasks import TASKS, Places, Task, batch, evaluate, load
-from .training import Cell
+from .tasks import TASKS, Places, Task, batch, evaluate
+from .training import Cell, set_up
 
 __all__ = ["watch"]
 
@@ -41,12 +41,7 @@ def watch(cell: Cell, places: Places) -> dict[str, Any]:
         ``next w`` is that line on the batch after it; ``before`` is the last step but one, scaled while the last
         stays as it was, on the batch of the last.
     """
-    torch.set_num_threads(1)
-    task, data = TASKS[cell.task], load(cell.task, places)
-    size, total = cell.batch_size or task.batch_size, cell.length * task.steps
-    torch.manual_seed(cell.seed)
-    model = task.model()
-    training = METHODS[cell.method](model, cell.optimizer, cell.lr, total)
+    task, data, model, training, size, total = set_up(cell, places)
     history: deque[State] = deque(maxlen=5)
     sums: dict[str, list[list[Tensor]]] = {}
     for step in range(total):

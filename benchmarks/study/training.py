@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from cpuinfo import get_cpu_info
+from torch import nn
 
 import autolr_fast
 
-from .methods import METHODS
-from .tasks import TASKS, Places, batch, evaluate, load
+from .methods import METHODS, Training
+from .tasks import TASKS, Data, Places, Task, batch, evaluate, load
 
-__all__ = ["Cell", "train"]
+__all__ = ["Cell", "Setup", "set_up", "train"]
 
 _POINTS = 40  # of a curve
 _LOST_AFTER = 20  # steps in a row whose loss is not finite
@@ -45,6 +46,28 @@ class Cell(NamedTuple):
     length: int = 1
 
 
+class Setup(NamedTuple):
+    """A network, its data and how it is trained, before the first step."""
+
+    task: Task
+    data: Data
+    model: nn.Module
+    training: Training
+    batch_size: int
+    total: int
+
+
+def set_up(cell: Cell, places: Places) -> Setup:
+    """Return what a cell asks for, the same each time; this process keeps to one thread."""
+    torch.set_num_threads(1)
+    task = TASKS[cell.task]
+    total = cell.length * task.steps
+    torch.manual_seed(cell.seed)
+    model = task.model()
+    training = METHODS[cell.method](model, cell.optimizer, cell.lr, total)
+    return Setup(task, load(cell.task, places), model, training, cell.batch_size or task.batch_size, total)
+
+
 def train(cell: Cell, places: Places) -> dict[str, Any]:
     """Train, and return the cell and what came of it.
 
@@ -55,12 +78,7 @@ def train(cell: Cell, places: Places) -> dict[str, Any]:
         ``seconds`` of training, ``scheduling``, how many of these were spent in the scheduler, and ``machine``,
         which that was, and the versions.
     """
-    torch.set_num_threads(1)
-    task, data = TASKS[cell.task], load(cell.task, places)
-    size, total = cell.batch_size or task.batch_size, cell.length * task.steps
-    torch.manual_seed(cell.seed)
-    model = task.model()
-    training = METHODS[cell.method](model, cell.optimizer, cell.lr, total)
+    task, data, model, training, size, total = set_up(cell, places)
     lrs, losses, lost = [], [], None
     start = time.perf_counter()
     with warnings.catch_warnings():
