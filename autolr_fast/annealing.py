@@ -19,7 +19,12 @@ def _linear(fraction: float) -> float:
     return 1.0 - fraction
 
 
-ANNEALINGS: Mapping[str, Annealing] = {"cosine": _cosine, "linear": _linear}
+def _constant(fraction: float) -> float:
+    return 1.0
+
+
+ANNEALINGS: Mapping[str, Annealing] = {"cosine": _cosine, "linear": _linear, "plateau": _constant}
+"""By name; what ``"plateau"`` multiplies by is in :meth:`autolr_fast.rates.Rates.settle`."""
 
 
 def resolve_annealing(anneal: str | Annealing) -> Annealing:

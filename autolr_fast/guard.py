@@ -38,23 +38,28 @@ class Guard:
         self._losses = torch.zeros(2 * count, dtype=torch.float64, device=device)
         self._seen = 0
 
-    def hold(self, loss: Tensor, before: Tensor, level: Tensor) -> None:
+    def hold(self, loss: Tensor, before: Tensor, level: Tensor) -> Tensor | None:
         """Add the loss of a probe, and put the level back in place if it rose and may not.
 
         Args:
             loss: 0-dim, of the step as it was taken; lower is better.
             before: the level before the probe, 0-dim.
             level: the level after it, 0-dim.
+
+        Returns:
+            Whether the losses fall, 0-dim bool; ``None`` while there are too few of them.
         """
         if self.count == 0:
-            return
+            return None
         self._losses = torch.cat([self._losses[1:], loss.reshape(1).to(self._losses)])
         self._seen += 1
-        if self._seen >= 2 * self.count:
-            older, newer = self._losses[: self.count], self._losses[self.count :]
-            error = ((older.var() + newer.var()) / self.count).sqrt()
-            falls = older.mean() - newer.mean() > error  # not so if one is not finite
-            level.copy_(torch.where(falls, level, torch.minimum(level, before)))
+        if self._seen < 2 * self.count:
+            return None
+        older, newer = self._losses[: self.count], self._losses[self.count :]
+        error = ((older.var() + newer.var()) / self.count).sqrt()
+        falls = older.mean() - newer.mean() > error  # not so if one is not finite
+        level.copy_(torch.where(falls, level, torch.minimum(level, before)))
+        return falls
 
     def state(self) -> list[float]:
         """Return the losses of the last probes."""

@@ -12,6 +12,9 @@ from .annealing import Annealing, check_multiplier
 __all__ = ["Rates"]
 
 
+_SETTLING = 0.8  # what a probe with no progress leaves of the learning rate
+
+
 class Rates:
     """Learning rates of all param groups from one level: ``lr = base * level * anneal(step / total_steps)``.
 
@@ -29,6 +32,7 @@ class Rates:
     Attributes:
         base: learning rate of each group at level 1.
         level: 0-dim float64.
+        settled: what plateaus have left of the learning rate, 0-dim float64; 1 unless :meth:`settle` is called.
 
     Raises:
         ValueError: if a learning rate is not a positive number within the limits.
@@ -55,6 +59,7 @@ class Rates:
         devices = {rate.device if isinstance(rate, Tensor) else torch.device("cpu") for rate in rates}
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         self.level = torch.ones((), dtype=torch.float64, device=device)
+        self.settled = torch.ones_like(self.level)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -72,11 +77,24 @@ class Rates:
 
     def annealed(self, step: int) -> Tensor:
         """Return the level after ``step`` optimizer steps, annealed and within the limits, 0-dim."""
-        return (self.level * self.multiplier(step)).clamp(*self.limits)
+        return (self.level * self.settled * self.multiplier(step)).clamp(*self.limits)
 
     def set_level(self, level: Tensor | float) -> None:
         """Set the level, held inside the limits."""
         self.level = torch.as_tensor(level, dtype=torch.float64, device=self.level.device).clamp(*self.limits)
+
+    def settle(self, before: Tensor, falls: Tensor | None) -> None:
+        """Anneal where no length of the training is known: a fifth less at each probe while the loss does not fall.
+
+        The less is left of the learning rate, the less the level moves, so that it does not climb against it.
+
+        Args:
+            before: the level before the probe, 0-dim.
+            falls: whether the loss falls, 0-dim bool; ``None`` if that is not known yet.
+        """
+        self.level.copy_(before * (self.level / before) ** self.settled)
+        if falls is not None:
+            self.settled = torch.where(falls, self.settled, _SETTLING * self.settled)
 
     def apply(self, step: int) -> None:
         """Write the learning rates after ``step`` optimizer steps into the param groups."""

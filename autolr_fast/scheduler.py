@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import ops
 from .annealing import Annealing, resolve_annealing
+from .arguments import check_count, check_fraction, check_guard, check_limits, check_optimizer, check_windows
 from .calibration import Look, is_unseen, search, steady_state
 from .candidates import GradientLine, Line, candidate_parameters, live_rows
 from .distributed import ProcessGroup, is_sharded, mean_over_ranks
@@ -49,6 +50,8 @@ class AutoLR(LRScheduler):
             ``"none"``, or a callable from losses [N] to x [N]. A loss that is not finite weighs 0 and is shown
             as the largest finite one.
         every: optimizer steps from probe to probe after calibration; ``None`` for no more probes.
+        until: fraction of ``total_steps`` up to which there are probes; from then on the level stays, and only
+            annealing goes on. Without ``total_steps`` it plays no part.
         window: optimizer steps that the line of candidates spans: one number, or several that take turns.
         direction: ``"step"`` for the line through what the optimizer did; ``"gradient"`` for
             ``now - f * lr * grad`` with a fresh gradient of the closure (``window`` then plays no part).
@@ -57,9 +60,11 @@ class AutoLR(LRScheduler):
             that parameters change. 0 for none.
         guard: the level rises only if the mean loss of so many probes is below that of as many before, by more
             than its standard error; 0 lets it rise whenever the factor says so.
-        total_steps: optimizer steps of the whole training. Without it there is no annealing.
+        total_steps: optimizer steps of the whole training. Without it there is no annealing but ``"plateau"``.
         anneal: ``"cosine"``, ``"linear"``, or a callable from the fraction of training done to a multiplier.
             The logarithm of each factor is scaled by it too, so that the level does not climb against it.
+            ``"plateau"``, for trainings without ``total_steps``, takes a fifth off the learning rate, for good, at
+            each probe at which the guard sees that the loss does not fall.
         min_lr: lowest learning rate of any param group, annealing included.
         max_lr: highest learning rate of any param group.
         evaluator: ``"auto"`` (the fastest here, see :class:`~autolr_fast.Auto`), ``"streamed"``, ``"folded"``,
@@ -100,6 +105,7 @@ class AutoLR(LRScheduler):
         score: str | Rule = "exp",
         normalize: str | Rule = "minmax",
         every: int | None = 10,
+        until: float = 0.5,
         window: int | Sequence[int] = (1, 2),
         direction: str = "step",
         calibrate: int = 20,
@@ -111,7 +117,7 @@ class AutoLR(LRScheduler):
         evaluator: str | Evaluator = "auto",
         process_group: ProcessGroup | None = None,
     ):
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model={model!r}: expected the nn.Module whose parameters the optimizer trains, "
@@ -120,25 +126,16 @@ class AutoLR(LRScheduler):
         candidate_parameters(model, optimizer)
         if direction not in ("step", "gradient"):
             raise ValueError(f"direction={direction!r} is not known: use 'step' or 'gradient'")
-        windows = tuple(window) if isinstance(window, Sequence) else (window,)
-        if not windows:
-            raise ValueError(f"window={window!r} is empty: give one number of optimizer steps, or several")
-        for count in windows:
-            _check_count("window", count, at_least=1)
-        _check_count("calibrate", calibrate, at_least=0)
-        _check_count("guard", guard, at_least=0, of="probes")
-        if guard == 1:
-            raise ValueError("guard=1: one probe has no standard error; give 2 or more, or 0 for no guard")
+        windows = check_windows(window)
+        check_count("calibrate", calibrate, at_least=0)
         if every is not None:
-            _check_count("every", every, at_least=1)
+            check_count("every", every, at_least=1)
         if total_steps is not None:
-            _check_count("total_steps", total_steps, at_least=1)
-        limits = (min_lr, max_lr)
-        if not all(isinstance(limit, (int, float)) for limit in limits) or not 0 < min_lr <= max_lr < math.inf:
-            raise ValueError(
-                f"min_lr={min_lr!r}, max_lr={max_lr!r}: need numbers, 0 < min_lr <= max_lr, both finite"
-            )
-
+            check_count("total_steps", total_steps, at_least=1)
+        check_fraction("until", until, of="total_steps")
+        self._settles = anneal == "plateau"
+        check_guard(guard, self._settles, total_steps)
+        check_limits(min_lr, max_lr)
         if direction == "gradient" and is_sharded(model):
             raise ValueError(
                 "direction='gradient' takes a whole gradient, and the model is sharded over ranks: use 'step'"
@@ -156,7 +153,8 @@ class AutoLR(LRScheduler):
         self._rules = resolve_rules(normalize, score, len(self.factors))
         self._maximizes = bool(optimizer.param_groups[0].get("maximize", False))
         self._rates = Rates(optimizer, resolve_annealing(anneal), total_steps, min_lr, max_lr)
-        self._cadence = Cadence(every, calibrate, windows)
+        last = math.inf if total_steps is None else until * total_steps
+        self._cadence = Cadence(every, calibrate, windows, last)
         self._guard = Guard(guard, self._rates.level.device)
         # A fresh gradient needs no snapshot: steps are only counted.
         counting = Cadence(every=None, calibrate=0, windows=(1,))
@@ -186,7 +184,7 @@ class AutoLR(LRScheduler):
             AutoLR(lr=[0.005], factors=(2.0, 1.0, 0.5), every=1, window=1, direction='step', calibrate=0,
             total_steps=None, evaluator='auto')
         """
-        setting: dict[str, Any] = {"every": 1, "window": 1, "calibrate": 0, "guard": 0}
+        setting: dict[str, Any] = {"every": 1, "until": 1.0, "window": 1, "calibrate": 0, "guard": 0}
         return cls(optimizer, model, **{**setting, **overrides})
 
     def step(self, closure: Closure | None = None) -> None:  # type: ignore[override]
@@ -246,6 +244,7 @@ class AutoLR(LRScheduler):
             "warm": self._snapshots.warm,
             "base_lrs": list(self._rates.base),
             "level": self._rates.level.item(),
+            "settled": self._rates.settled.item(),
             "losses": self._guard.state(),
             "evaluator": self.evaluator.state(),
             "snapshots": self._snapshots.state(self._parameters()),
@@ -289,6 +288,7 @@ class AutoLR(LRScheduler):
         self._searched = state_dict["searched"]
         self._rates.base[:] = state_dict["base_lrs"]
         self._rates.set_level(state_dict["level"])
+        self._rates.settled.fill_(state_dict["settled"])
         self._guard.load(state_dict["losses"])
         self.evaluator.load(state_dict["evaluator"])
         self._apply()
@@ -326,7 +326,9 @@ class AutoLR(LRScheduler):
             before, exponent = level.clone(), self._rates.multiplier(now)
             rounds, seen = 1, self._look(line, self.factors, closure, level, exponent)
             loss = seen.losses[self._unscaled]
-            self._guard.hold(-loss if self._maximizes else loss, before, level)
+            falls = self._guard.hold(-loss if self._maximizes else loss, before, level)
+            if self._settles:
+                self._rates.settle(before, falls)
         else:
             rounds, seen = self._search(line, closure)
         self._probed_step = now
@@ -425,33 +427,3 @@ class AutoLR(LRScheduler):
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, UserWarning, stacklevel=4)
-
-
-def _check_optimizer(optimizer: object) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer={optimizer!r}: expected a torch.optim.Optimizer; the closure goes to step(), "
-            "as in AutoLR(optimizer, model) and scheduler.step(closure)"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            f"optimizer={type(optimizer).__name__}: its step is a whole search of its own, which its lr does not "
-            "scale; use it without AutoLR (line_search_fn='strong_wolfe'), or another optimizer"
-        )
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError(
-            "optimizer has differentiable=True, and its step becomes part of an autograd graph that writing "
-            "candidates would break; build it with differentiable=False"
-        )
-    if len({bool(group.get("maximize", False)) for group in optimizer.param_groups}) > 1:
-        raise ValueError(
-            "optimizer has maximize=True in some param groups only: one closure cannot be both better higher and "
-            "better lower; negate the loss of one part instead"
-        )
-
-
-def _check_count(name: str, value: object, at_least: int, of: str = "optimizer steps") -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: expected a whole number of {of}, {at_least} or more")
-    if value < at_least:
-        raise ValueError(f"{name}={value!r}: expected {at_least} or more {of}")

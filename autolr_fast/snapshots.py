@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,25 +23,26 @@ __all__ = ["Cadence", "Snapshots"]
 class Cadence:
     """Says for each optimizer step whether it is probed, and over how many steps back.
 
-    The first ``calibrate`` steps are all probed, then every ``every``-th; ``windows`` take turns.
+    The first ``calibrate`` steps are all probed, then every ``every``-th up to ``last``; ``windows`` take turns.
 
     Example:
-        >>> cadence = Cadence(every=10, calibrate=3, windows=(1, 2))
-        >>> {step: window for step in range(1, 41) if (window := cadence.window_at(step))}
+        >>> cadence = Cadence(every=10, calibrate=3, windows=(1, 2), last=40)
+        >>> {step: window for step in range(1, 99) if (window := cadence.window_at(step))}
         {1: 1, 2: 2, 3: 1, 10: 2, 20: 1, 30: 2, 40: 1}
-        >>> {step: windows for step in range(40) if (windows := cadence.windows_from(step))}
+        >>> {step: windows for step in range(99) if (windows := cadence.windows_from(step))}
         {0: [1, 2], 2: [1], 8: [2], 19: [1], 28: [2], 39: [1]}
     """
 
     every: int | None
     calibrate: int
     windows: Sequence[int]
+    last: float = math.inf
 
     def window_at(self, step: int) -> int | None:
         """Return the window of the probe after ``step`` optimizer steps, or ``None`` if there is none."""
         if 1 <= step <= self.calibrate:
             turn = step - 1
-        elif self.every and step >= 1 and step % self.every == 0:
+        elif self.every and 1 <= step <= self.last and step % self.every == 0:
             turn = step // self.every
         else:
             return None

@@ -122,7 +122,9 @@ def test_every_optimizer(name, window, small, monkeypatch):
 def test_annealing_scales_rate_and_log_factor():
     model, loss_of = problem("mlp")
     optimizer = sgd(model, lr=0.05)
-    scheduler = AutoLR(optimizer, model, every=1, window=1, calibrate=0, total_steps=20, evaluator="inplace")
+    scheduler = AutoLR(
+        optimizer, model, every=1, until=1.0, window=1, calibrate=0, total_steps=20, evaluator="inplace"
+    )
     level = 0.05
     for step in range(1, 20):
         previous = parameters_of(model)
@@ -315,6 +317,53 @@ def test_a_call_missing_after_some_steps_is_told():
     assert scheduler.last_epoch == 7
 
 
+@pytest.mark.parametrize(
+    ("until", "probed"), [(0.5, [3, 6, 9]), (0.3, [3, 6]), (0, []), (1, [3, 6, 9, 12, 15, 18])]
+)
+def test_probes_end_and_annealing_goes_on(until, probed):
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, every=3, until=until, calibrate=0, total_steps=20)
+    seen, levels, rates = [], [], []
+    for step in range(1, 21):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+        if scheduler.last_probe is not None and scheduler.last_probe.step == step:
+            seen.append(step)
+        levels.append(scheduler.level)
+        rates.append(scheduler.get_last_lr()[0])
+    assert seen == probed
+    assert all(level == levels[-1] for level in levels[10:]) == (until <= 0.5)
+    assert rates == pytest.approx(
+        [level[0] * (1 + math.cos(math.pi * step / 20)) / 2 for step, level in enumerate(levels, start=1)],
+        abs=1e-12,
+    )
+
+
+def test_plateaus_anneal_and_the_level_moves_the_less():
+    """The loss never falls, and longer steps raise it: the level falls, and from probe 6 on a fifth more."""
+    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([1.0], dtype=torch.float64))})
+    optimizer = sgd(model, lr=0.1)
+    options = {"every": 1, "window": 1, "calibrate": 0, "guard": 3, "evaluator": "inplace"}
+    scheduler = AutoLR(optimizer, model, anneal="plateau", **options)
+    twice, once, half = math.exp(-1), math.exp(-1 / 3), 1.0  # weights of losses that rise with the factor
+    factor = 2.0 ** ((twice - half) / (twice + once + half))
+    level, settled = 0.1, 1.0
+    for step in range(1, 20):
+        optimizer.zero_grad()
+        model["w"].sum().backward()
+        optimizer.step()
+        now = model["w"].item()
+        scheduler.step(lambda now=now: 7.0 + 1e-3 * (now - model["w"]).sum())
+        level *= factor**settled
+        settled *= 0.8 if step >= 6 else 1.0
+        assert scheduler.level[0] == pytest.approx(level, rel=1e-9)
+        assert scheduler.get_last_lr() == [pytest.approx(level * settled, rel=1e-9)]
+    resumed = AutoLR(sgd(model, lr=0.1), model, anneal="plateau", **options)
+    resumed.load_state_dict(scheduler.state_dict())
+    assert resumed.get_last_lr() == scheduler.get_last_lr()
+
+
 def test_past_total_steps_is_told():
     model, loss_of = problem("mlp")
     optimizer = sgd(model)
@@ -402,7 +451,7 @@ def test_state_dict_is_small_and_plain():
     state = scheduler.state_dict()
     assert set(state) == {
         "last_epoch", "optimizer_steps", "probed_step", "searched", "warm",
-        "base_lrs", "level", "losses", "evaluator", "snapshots",
+        "base_lrs", "level", "settled", "losses", "evaluator", "snapshots",
     }  # fmt: skip
     assert state["snapshots"]["taken"] == {}
     file = io.BytesIO()
@@ -584,6 +633,11 @@ def test_compiled_model_and_step():
         ({"direction": "back"}, ValueError, "direction='back' is not known: use 'step' or 'gradient'"),
         ({"calibrate": -1}, ValueError, "calibrate=-1"),
         ({"calibrate": True}, TypeError, "calibrate=True"),
+        ({"anneal": "plateau", "total_steps": 9}, ValueError, "total_steps=9 with anneal='plateau'"),
+        ({"anneal": "plateau", "guard": 0}, ValueError, "guard=0 sees no plateau"),
+        ({"until": 1.5}, ValueError, "until=1.5"),
+        ({"until": math.nan}, ValueError, "until=nan"),
+        ({"until": "half"}, TypeError, "until='half'"),
         ({"total_steps": 0}, ValueError, "total_steps=0"),
         ({"total_steps": 1e3}, TypeError, "total_steps=1000.0"),
         ({"anneal": "exp"}, ValueError, "anneal='exp' is not known"),

@@ -84,7 +84,7 @@ class Combined(AutoLR):
     def __init__(self, *args: Any, combine: Callable[[Sequence[float]], float], **options: Any):
         super().__init__(*args, **options)
         self._combine = combine
-        self._cadence = _Both(self._cadence.every, self._cadence.calibrate, self._cadence.windows)
+        self._cadence = _Both(**vars(self._cadence))
         self._snapshots._cadence = self._cadence
 
     def _probe(self, closure: Closure, window: int, now: int) -> None:
@@ -123,6 +123,7 @@ VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "calibration alone": (AutoLR, {"calibrate": 1, "every": None}),
     "calibration alone, 20 steps": (AutoLR, {"every": None}),
     "not annealed": (AutoLR, {"total_steps": None}),
+    "annealed on plateaus": (AutoLR, {"total_steps": None, "anneal": "plateau"}),
     **{f"window {window}": (AutoLR, {"window": window}) for window in (1, 2, 3, 4)},
     "windows 2 and 4": (AutoLR, {"window": (2, 4)}),
     "windows 1, 2 and 4": (AutoLR, {"window": (1, 2, 4)}),
@@ -136,6 +137,10 @@ VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "windows agreeing": (Combined, {"combine": _agreed}),
     "windows agreeing, every 20": (Combined, {"combine": _agreed, "every": 20}),
     **{f"every {every}": (AutoLR, {"every": every}) for every in (1, 3, 20, 30)},
+    "probed to the end": (AutoLR, {"until": 1.0}),
+    "probed for a third": (AutoLR, {"until": 1 / 3}),
+    "factors 1.5, 1/1.5": (AutoLR, {"factors": (1.5, 1 / 1.5)}),
+    "factors 3, 1, 1/3": (AutoLR, {"factors": (3.0, 1.0, 1 / 3)}),
     "Factor_5": (AutoLR, {"factors": FACTORS_5}),
     "Factor_7": (AutoLR, {"factors": FACTORS_7}),
 }
