@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from autolr_fast import FACTORS_3, AutoLR
@@ -132,6 +133,41 @@ def test_calibration_recovers_from_a_rate_that_ruins():
         train_step(model, optimizer, loss_of)
         scheduler.step(lambda: loss_of(model))
     assert loss_of(model).item() < 0.5 * first
+
+
+@pytest.mark.parametrize("lr0", [1e-5, 1.0])
+@pytest.mark.parametrize(
+    "case", ["plain", "head of zeros", "accumulated", "skipped by the scaler", "first batch of zeros"]
+)
+def test_what_is_hard_on_a_first_step_is_calibrated_all_the_same(case, lr0):
+    """The level after the first 20 steps is about that of an easy start, 0.4."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    labels = torch.randn(8, 4)
+    if case == "head of zeros":
+        nn.init.zeros_(model[2].weight)
+        nn.init.zeros_(model[2].bias)
+    optimizer = sgd(model, lr=lr0, momentum=0.9)
+    scheduler = AutoLR(optimizer, model, every=None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=case == "skipped by the scaler")
+    for step in range(24):
+        x = torch.randn(4 if case == "accumulated" else 1, 32, 8)
+        y = (x @ labels).argmax(-1)
+        if case == "first batch of zeros" and step == 0:
+            x.zero_()
+
+        def loss_of(x=x, y=y):
+            return sum(F.cross_entropy(model(part), target) for part, target in zip(x, y, strict=True)) / len(x)
+
+        optimizer.zero_grad()
+        scaler.scale(loss_of()).backward()
+        if case == "skipped by the scaler" and step < 2:
+            model[0].weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step(loss_of)
+    assert scheduler.last_probe.step == 20
+    assert 0.2 < scheduler.level[0] < 1.0
 
 
 @pytest.mark.parametrize("best", [1e-6, 0.3, 1.0, 40.0, 1e5])
