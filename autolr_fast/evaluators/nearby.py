@@ -45,8 +45,12 @@ class Nearby:
 
 
 def nearby_step(now: Tensor) -> Tensor:
-    """Return up to 10 % of each element, in a wave over them; of a zero, a hundredth."""
+    """Return up to 10 % of each element, in a wave over them, and a hundredth for what is next to zero.
+
+    A head that began at zero, one short step later, would hide a tenth of all that is before it.
+    """
     wave = torch.arange(now.numel(), device=now.device).remainder_(17).sub_(8).to(now.dtype).view(now.shape)
-    step = torch.where(now == 0, 0.01, now.abs() * (0.0125 * wave + 0.006))
+    hundredth = torch.where(now < 0, -0.01, 0.01)
+    step = torch.where(now.abs() < 1e-4, hundredth, now.abs() * (0.0125 * wave + 0.006))
     # What is as large as a mask stays.
     return torch.where(now.abs() < torch.finfo(now.dtype).max / 4, step, 0.0).to(now.dtype)
