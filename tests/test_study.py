@@ -10,7 +10,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study import slices
 from benchmarks.study.grid import STARTS, STUDIES, TUNED
 from benchmarks.study.methods import METHODS, OPTIMIZERS
-from benchmarks.study.report import gain, outcomes, table
+from benchmarks.study.report import gain, outcomes, settings_table, table
 from benchmarks.study.signals import SCALES, watch
 from benchmarks.study.tasks import TASKS, Places, batch, evaluate, load
 from benchmarks.study.training import Cell, train
@@ -225,8 +225,8 @@ def test_bad_arguments_are_named(more, said, capsys):
 # The tables
 
 
-def row(method, lr, seed, result, scheduling=1.0):
-    cell = Cell("digits", "SGD", method, lr, seed)
+def row(method, lr, seed, result, scheduling=1.0, **setting):
+    cell = Cell("digits", "SGD", method, lr, seed, **setting)
     return {**cell._asdict(), "result": result, "scheduling": scheduling, "seconds": 11.0}
 
 
@@ -238,6 +238,14 @@ def test_a_table_compares_with_the_best_tuned_cosine():
     _, _, cosine, auto = table(outcomes(rows), "SGD", ["cosine", "AutoLR"])
     assert auto == "| AutoLR | +2.0 (-91.0 .. +2.0), 4.0 | 10% | 3 |"
     assert cosine.startswith("| cosine | -1.0 (-2.5 .. +0.0), 2.0 |")
+
+
+def test_settings_are_compared_with_the_cosine_of_the_same():
+    longer, smaller = {"length": 5}, {"batch_size": 8}
+    rows = [row("cosine", lr, 0, 90.0 + lr, **longer) for lr in (0.1, 1.0)] + [row("cosine", 0.1, 0, 99.0)]
+    rows += [row("AutoLR", lr, 0, 92.0 + lr, scheduling=0.5, **longer) for lr in (1e-4, 1.0)]
+    rows += [row("AutoLR", 1.0, 0, 50.0, **smaller)]  # to be compared with nothing
+    assert settings_table(rows)[2:] == ["| digits, SGD |  |  |  |  |  | +1.5, 5% |  |"]
 
 
 def test_gains_are_points_or_percent():

@@ -11,12 +11,15 @@ from .tasks import TASKS
 from .training import Cell
 from .variants import VARIANTS
 
-__all__ = ["STARTS", "STUDIES", "TUNED", "Study"]
+__all__ = ["BATCH_SIZES", "LENGTHS", "STARTS", "STUDIES", "TUNED", "Study"]
 
 STARTS = (1e-6, 1e-4, 1e-2, 1.0, 10.0)
 """Where AutoLR starts."""
 TUNED = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 """What a schedule is tuned over."""
+BATCH_SIZES = (8, 32, 128, 512)
+LENGTHS = (2, 5, 20)
+"""How many times as many steps as the task has."""
 _OUTSIDE = (1e-6, 1e-5, 1e-4, 10.0)
 _PEERS = {"D-Adaptation": OPTIMIZERS, "Prodigy": ("AdamW",), "DoG": ("SGD",), "SaLSA": ("AdamW",)}
 
@@ -54,7 +57,7 @@ def _peers(seeds: Sequence[int]) -> Iterable[Cell]:
 
 def _batches(seeds: Sequence[int]) -> Iterable[Cell]:
     """Batches of 8 to 512, as many steps as otherwise."""
-    for seed, task, optimizer, size in itertools.product(seeds, TASKS, OPTIMIZERS, (8, 32, 128, 512)):
+    for seed, task, optimizer, size in itertools.product(seeds, TASKS, OPTIMIZERS, BATCH_SIZES):
         if size != TASKS[task].batch_size:
             for lr in (1e-4, 1.0):
                 yield Cell(task, optimizer, "AutoLR", lr, seed, batch_size=size)
@@ -63,7 +66,7 @@ def _batches(seeds: Sequence[int]) -> Iterable[Cell]:
 
 
 def _lengths(seeds: Sequence[int]) -> Iterable[Cell]:
-    for seed, length, task, optimizer in itertools.product(seeds, (2, 5, 20), TASKS, OPTIMIZERS):
+    for seed, length, task, optimizer in itertools.product(seeds, LENGTHS, TASKS, OPTIMIZERS):
         for lr in (1e-4, 1.0):
             yield Cell(task, optimizer, "AutoLR", lr, seed, length=length)
         for lr in TUNED:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from autolr_fast.demo import BASELINES
 
-from .grid import STARTS, TUNED
+from .grid import BATCH_SIZES, LENGTHS, STARTS, TUNED
 from .methods import METHODS, OPTIMIZERS
 from .slices import RESULTS, read
 from .tasks import TASKS
@@ -52,11 +52,11 @@ Found = Mapping[tuple[str, str, str], Outcome]
 """(task, optimizer, method) -> outcome."""
 
 
-def outcomes(rows: Iterable[Row]) -> dict[tuple[str, str, str], Outcome]:
-    """Return the outcome of each (task, optimizer, method), of runs of the task's own length and batch size."""
+def outcomes(rows: Iterable[Row], batch_size: int = 0, length: int = 1) -> dict[tuple[str, str, str], Outcome]:
+    """Return the outcome of each (task, optimizer, method) with a batch size (0 for the task's) and a length."""
     grouped: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        if row["length"] == 1 and not row["batch_size"]:
+        if row["length"] == length and row["batch_size"] == batch_size:
             grouped.setdefault((row["task"], row["optimizer"], row["method"]), []).append(row)
     return {key: Outcome(of_key) for key, of_key in grouped.items()}
 
@@ -102,6 +102,40 @@ def table(found: Found, optimizer: str, methods: Sequence[str]) -> list[str]:
             cells.append(f"{middle:+.1f} ({worst:+.1f} .. {highest:+.1f}), {decades:.1f}")
         if extra:
             lines.append(f"| {method} | {' | '.join(cells)} | {statistics.median(extra):.0%} | {min(seeds)} |")
+    return lines
+
+
+def settings_table(rows: Sequence[Row]) -> list[str]:
+    """Return the table of other batch sizes and lengths: a line a task and optimizer, a column a setting.
+
+    A cell is AutoLR's gain over the best cosine schedule of the same setting, the median over the starts, and its
+    extra time. Where one of the two was not run, it is empty.
+    """
+    asked = {f"batches of {size}": {"batch_size": size} for size in BATCH_SIZES}
+    asked |= {f"{length} x as long": {"length": length} for length in LENGTHS}
+    columns = {name: outcomes(rows, **setting) for name, setting in asked.items()}
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for task, optimizer in itertools.product(TASKS, OPTIMIZERS):
+        cells = []
+        for found in columns.values():
+            auto, cosine = (found.get((task, optimizer, method)) for method in ("AutoLR", "cosine"))
+            if auto is None or cosine is None:
+                cells.append("")
+                continue
+            _, reference = best(task, cosine.by_start)
+            middle = statistics.median(gain(task, result, reference) for result in auto.by_start.values())
+            cells.append(f"{middle:+.1f}, {auto.extra:.0%}")
+        if any(cells):
+            lines.append(f"| {task}, {optimizer} | {' | '.join(cells)} |")
+    return lines
+
+
+def extra_table(found: Found) -> list[str]:
+    """Return the table of the time that AutoLR adds to a training: a line an optimizer, a column a task."""
+    lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
+    for optimizer in OPTIMIZERS:
+        cells = (found.get((task, optimizer, "AutoLR")) for task in TASKS)
+        lines.append(f"| {optimizer} | {' | '.join(f'{cell.extra:.0%}' if cell else '' for cell in cells)} |")
     return lines
 
 
@@ -163,6 +197,10 @@ def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
     ]
     for optimizer in OPTIMIZERS:
         lines += [*table(found, optimizer, methods), ""]
+    lines += ["## The time that AutoLR adds", "", *extra_table(found), ""]
+    lines += ["## Other batches, longer trainings", ""]
+    lines += ["The median gain over the best cosine schedule of the same setting, and the extra time.", ""]
+    lines += [*settings_table(rows), ""]
     lines += ["## The tasks", "", "| task | | steps | batch size |", "|---|---|---|---|"]
     lines += [f"| {name} | {task.title} | {task.steps} | {task.batch_size} |" for name, task in TASKS.items()]
     lines += ["", f"`{_COMMAND}`", "", f"{'; '.join(_machines(rows))}. Seeds from 0 on."]
