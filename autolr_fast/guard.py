@@ -28,9 +28,9 @@ class Guard:
         >>> for loss in (4.0, 3.9, 2.0, 1.9, 2.1, 2.0):
         ...     before = level.clone()
         ...     level *= 2
-        ...     guard.hold(torch.tensor(loss), before, level)
-        >>> level.item()  # held at the last two
-        16.0
+        ...     falls = guard.hold(torch.tensor(loss), before, level)
+        >>> level.item(), falls.item()  # held at the last two
+        (16.0, False)
     """
 
     def __init__(self, count: int, device: torch.device):
