@@ -59,6 +59,7 @@ def search(look: Callable[[float, int], Look], lowest: float, highest: float) ->
     """
     ratio, rounds, power = 1.0, 0, 1
     before, turned = 0.0, False  # the last move of the ratio's logarithm; whether it has turned once
+    back_and_forth = 0  # turns of candidates as close as they get: two of them never say that they are close
     while rounds < _MAX_ROUNDS:
         seen = look(ratio, power)
         factor = _UNSEEN if is_unseen(seen) else seen.factor.item() ** power
@@ -69,6 +70,9 @@ def search(look: Callable[[float, int], Look], lowest: float, highest: float) ->
         if settled and power == 1:
             break
         turns = moved * before < 0
+        back_and_forth += turns and power == 1
+        if back_and_forth == 2:
+            break
         turned = turned or turns or settled
         if not turned:
             power = min(2 * power, _WIDEST)

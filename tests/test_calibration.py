@@ -35,6 +35,18 @@ def test_calibration_finds_the_same_rate_from_anywhere(lr0):
     assert probe.lr_before == [lr0]
 
 
+@pytest.mark.parametrize("lr0", [1e-5, 1e-2, 10.0])
+def test_two_candidates_find_it_too(lr0):
+    """They never say that they are close, only on which side: the best rate here is 1."""
+    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))})
+    optimizer = sgd(model, lr=lr0)
+    scheduler = AutoLR(optimizer, model, calibrate=1, every=None, factors=(1.5, 1 / 1.5))
+    train_step(model, optimizer, lambda model: model["w"].square().sum() / 2)
+    scheduler.step(lambda: model["w"].square().sum() / 2)
+    assert 0.75 < lr0 * scheduler.last_probe.factor.item() < 1.3
+    assert scheduler.last_probe.rounds < 25
+
+
 def test_calibration_changes_parameters_and_nothing_else():
     model, loss_of = problem("convnet")
     optimizer = sgd(model, lr=1e-4, momentum=0.9)
