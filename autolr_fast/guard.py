@@ -10,16 +10,21 @@ from torch import Tensor
 __all__ = ["Guard"]
 
 
+_CLEAR = 2.0  # standard errors by which the losses must fall for the level to rise
+
+
 class Guard:
-    """Remembers the losses that probes saw, and holds the level back while they do not fall.
+    """Remembers the losses that probes saw, and holds the level back while they do not clearly fall.
 
     The lines of a probe ask for a higher rate for as long as it lowers the loss of one batch, which it may do while
-    the training gets nowhere: in networks with BatchNorm, weights grow with the rate and ask for more of it. So the
-    level rises only if the mean loss of the last probes is below that of as many before by more than its standard
-    error. It may fall at any time. Nothing here synchronises with the host.
+    the training gets nowhere: a small batch asks for steps that fit nothing but itself, and in networks with
+    BatchNorm, weights grow with the rate and ask for more of it. So the level rises only if the mean loss of the
+    last probes is below that of as many before by more than two standard errors. It may fall at any time. Nothing
+    here synchronises with the host.
 
     Args:
-        count: probes in a mean; 0 lets the level go anywhere.
+        count: probes in a mean, fewer at first: half of those there are, from the fourth on; 0 lets the level go
+            anywhere.
         device: of the level.
 
     Example:
@@ -29,8 +34,8 @@ class Guard:
         ...     before = level.clone()
         ...     level *= 2
         ...     falls = guard.hold(torch.tensor(loss), before, level)
-        >>> level.item(), falls.item()  # held at the last two
-        (16.0, False)
+        >>> level.item(), round(falls.item(), 1)  # held at the last two
+        (16.0, -1.4)
     """
 
     def __init__(self, count: int, device: torch.device):
@@ -47,19 +52,21 @@ class Guard:
             level: the level after it, 0-dim.
 
         Returns:
-            Whether the losses fall, 0-dim bool; ``None`` while there are too few of them.
+            By how many standard errors the losses fall, 0-dim, not a number if one is not finite or all are equal;
+            ``None`` while there are fewer than twice ``count``.
         """
         if self.count == 0:
             return None
         self._losses = torch.cat([self._losses[1:], loss.reshape(1).to(self._losses)])
         self._seen += 1
-        if self._seen < 2 * self.count:
+        half = min(self.count, self._seen // 2)
+        if half < 2:
             return None
-        older, newer = self._losses[: self.count], self._losses[self.count :]
-        error = ((older.var() + newer.var()) / self.count).sqrt()
-        falls = older.mean() - newer.mean() > error  # not so if one is not finite
-        level.copy_(torch.where(falls, level, torch.minimum(level, before)))
-        return falls
+        older, newer = self._losses[-2 * half : -half], self._losses[-half:]
+        error = ((older.var() + newer.var()) / half).sqrt()
+        falls = (older.mean() - newer.mean()) / error
+        level.copy_(torch.where(falls > _CLEAR, level, torch.minimum(level, before)))
+        return falls if half == self.count else None
 
     def state(self) -> list[float]:
         """Return the losses of the last probes."""

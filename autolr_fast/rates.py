@@ -13,6 +13,7 @@ __all__ = ["Rates"]
 
 
 _SETTLING = 0.8  # what a probe with no progress leaves of the learning rate
+_PROGRESS = 1.0  # standard errors by which the loss must fall for that
 
 
 class Rates:
@@ -90,11 +91,11 @@ class Rates:
 
         Args:
             before: the level before the probe, 0-dim.
-            falls: whether the loss falls, 0-dim bool; ``None`` if that is not known yet.
+            falls: by how many standard errors the loss falls, 0-dim; ``None`` if that is not known yet.
         """
         self.level.copy_(before * (self.level / before) ** self.settled)
         if falls is not None:
-            self.settled = torch.where(falls, self.settled, _SETTLING * self.settled)
+            self.settled = torch.where(falls > _PROGRESS, self.settled, _SETTLING * self.settled)
 
     def apply(self, step: int) -> None:
         """Write the learning rates after ``step`` optimizer steps into the param groups."""

@@ -58,8 +58,8 @@ class AutoLR(LRScheduler):
         calibrate: how many of the first optimizer steps are all probed. The first probe repeats the search
             along its step until the factor settles, and takes that step again at the rate found: the one time
             that parameters change. 0 for none.
-        guard: the level rises only if the mean loss of so many probes is below that of as many before, by more
-            than its standard error; 0 lets it rise whenever the factor says so.
+        guard: the level rises only if the mean loss of so many probes (fewer at first) is below that of as many
+            before, by more than two standard errors; 0 lets it rise whenever the factor says so.
         total_steps: optimizer steps of the whole training. Without it there is no annealing but ``"plateau"``.
         anneal: ``"cosine"``, ``"linear"``, or a callable from the fraction of training done to a multiplier.
             The logarithm of each factor is scaled by it too, so that the level does not climb against it.

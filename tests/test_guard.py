@@ -22,20 +22,21 @@ def number(value):
     count=st.integers(2, 6),
     rises=st.booleans(),
 )
-def test_the_level_rises_only_while_the_mean_falls_by_more_than_its_error(losses, count, rises):
+def test_the_level_rises_only_while_the_mean_falls_by_more_than_two_errors(losses, count, rises):
     guard = Guard(count, torch.device("cpu"))
     for seen, loss in enumerate(losses, start=1):
         before = number(1.0)
         level = number(2.0 if rises else 0.5)
         guard.hold(number(loss), before, level)
         allowed = True
-        if seen >= 2 * count:
-            older, newer = losses[seen - 2 * count : seen - count], losses[seen - count : seen]
-            error = math.sqrt((statistics.variance(older) + statistics.variance(newer)) / count)
+        half = min(count, seen // 2)
+        if half >= 2:
+            older, newer = losses[seen - 2 * half : seen - half], losses[seen - half : seen]
+            error = math.sqrt((statistics.variance(older) + statistics.variance(newer)) / half)
             gain = statistics.fmean(older) - statistics.fmean(newer)
-            if math.isclose(gain, error, rel_tol=1e-9, abs_tol=1e-12):  # rounding decides
+            if math.isclose(gain, 2 * error, rel_tol=1e-9, abs_tol=1e-12):  # rounding decides
                 continue
-            allowed = gain > error
+            allowed = gain > 2 * error
         assert level.item() == (2.0 if rises and allowed else 1.0 if rises else 0.5)
 
 

@@ -89,7 +89,7 @@ def test_every_optimizer(name, window, small, monkeypatch):
     cls, kwargs = OPTIMIZERS[name]
     model, loss_of = problem("convnet")
     optimizer = cls(model.parameters(), **kwargs)
-    scheduler = AutoLR(optimizer, model, every=2, window=window, calibrate=0, evaluator="inplace")
+    scheduler = AutoLR(optimizer, model, every=2, window=window, calibrate=0, guard=0, evaluator="inplace")
     twin = copy.deepcopy(model)
     twin_optimizer = cls(twin.parameters(), **kwargs)
     windows = [window] if isinstance(window, int) else window
