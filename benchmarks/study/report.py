@@ -177,8 +177,11 @@ def figure(found: Found, methods: Sequence[str]) -> Figure:
             grid[0][column].set_ylim(finite[len(finite) // 4] - 3, finite[-1] + 1)
         else:
             grid[0][column].set_ylim(0.97 * finite[0], 1.5 * finite[len(finite) // 2])
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    labelled = {}  # not every method is in every panel
+    for axes in grid.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        labelled |= dict(zip(labels, handles, strict=True))
+    drawn.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=len(labelled), frameon=False)
     return drawn
 
 
