@@ -50,8 +50,8 @@ class AutoLR(LRScheduler):
             ``"none"``, or a callable from losses [N] to x [N]. A loss that is not finite weighs 0 and is shown
             as the largest finite one.
         every: optimizer steps from probe to probe after calibration; ``None`` for no more probes.
-        until: fraction of ``total_steps`` up to which there are probes; from then on the level stays, and only
-            annealing goes on. Without ``total_steps`` it plays no part.
+        until: fraction of ``total_steps`` up to which there are probes, calibration apart; from then on the level
+            stays, and only annealing goes on. Without ``total_steps`` it plays no part.
         window: optimizer steps that the line of candidates spans: one number, or several that take turns.
         direction: ``"step"`` for the line through what the optimizer did; ``"gradient"`` for
             ``now - f * lr * grad`` with a fresh gradient of the closure (``window`` then plays no part).
