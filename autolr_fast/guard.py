@@ -1,26 +1,34 @@
-"""Whether the level may rise: only while the training gets on."""
+"""How high the level may be: no higher than where the training got on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "GuardState"]
 
 
-_CLEAR = 2.0  # standard errors by which the losses must fall for the level to rise
+_CLEAR = 2.0  # standard errors by which the losses must fall for the level to go where it has not been
+
+
+class GuardState(TypedDict):
+    """What a guard goes on from: the last losses that it saw, and its ceiling."""
+
+    losses: list[float]
+    ceiling: float
 
 
 class Guard:
-    """Remembers the losses that probes saw, and holds the level back while they do not clearly fall.
+    """Remembers the losses that probes saw, and lifts a ceiling over the level only while they clearly fall.
 
     The lines of a probe ask for a higher rate for as long as it lowers the loss of one batch, which it may do while
     the training gets nowhere: a small batch asks for steps that fit nothing but itself, and in networks with
-    BatchNorm, weights grow with the rate and ask for more of it. So the level rises only if the mean loss of the
-    last probes is below that of as many before by more than two standard errors. It may fall at any time. Nothing
-    here synchronises with the host.
+    BatchNorm, weights grow with the rate and ask for more of it. So the level goes above the highest one it has had
+    only if the mean loss of the last probes is below that of as many before by more than two standard errors. It
+    may fall at any time and come back: if it could fall only, noise would draw it down for as long as no progress
+    is seen. Nothing here synchronises with the host.
 
     Args:
         count: probes in a mean, fewer at first: half of those there are, from the fourth on; 0 lets the level go
@@ -31,9 +39,8 @@ class Guard:
         >>> guard = Guard(2, torch.device("cpu"))
         >>> level = torch.tensor(1.0, dtype=torch.float64)
         >>> for loss in (4.0, 3.9, 2.0, 1.9, 2.1, 2.0):
-        ...     before = level.clone()
         ...     level *= 2
-        ...     falls = guard.hold(torch.tensor(loss), before, level)
+        ...     falls = guard.hold(torch.tensor(loss), level)
         >>> level.item(), round(falls.item(), 1)  # held at the last two
         (16.0, -1.4)
     """
@@ -42,14 +49,14 @@ class Guard:
         self.count = count
         self._losses = torch.zeros(2 * count, dtype=torch.float64, device=device)
         self._seen = 0
+        self._ceiling = torch.zeros((), dtype=torch.float64, device=device)
 
-    def hold(self, loss: Tensor, before: Tensor, level: Tensor) -> Tensor | None:
-        """Add the loss of a probe, and put the level back in place if it rose and may not.
+    def hold(self, loss: Tensor, level: Tensor) -> Tensor | None:
+        """Add the loss of a probe, and put the level back to the ceiling, in place, if it is above and may not be.
 
         Args:
             loss: 0-dim, of the step as it was taken; lower is better.
-            before: the level before the probe, 0-dim.
-            level: the level after it, 0-dim.
+            level: the level after the probe, 0-dim.
 
         Returns:
             By how many standard errors the losses fall, 0-dim, not a number if one is not finite or all are equal;
@@ -61,19 +68,24 @@ class Guard:
         self._seen += 1
         half = min(self.count, self._seen // 2)
         if half < 2:
+            self._ceiling = torch.maximum(self._ceiling, level)
             return None
         older, newer = self._losses[-2 * half : -half], self._losses[-half:]
         error = ((older.var() + newer.var()) / half).sqrt()
         falls = (older.mean() - newer.mean()) / error
-        level.copy_(torch.where(falls > _CLEAR, level, torch.minimum(level, before)))
+        self._ceiling = torch.where(falls > _CLEAR, torch.maximum(self._ceiling, level), self._ceiling)
+        level.copy_(torch.minimum(level, self._ceiling))
         return falls if half == self.count else None
 
-    def state(self) -> list[float]:
-        """Return the losses of the last probes."""
-        return self._losses[len(self._losses) - min(self._seen, len(self._losses)) :].tolist()
+    def state(self) -> GuardState:
+        """Return the losses of the last probes and the ceiling."""
+        seen = self._losses[len(self._losses) - min(self._seen, len(self._losses)) :]
+        return {"losses": seen.tolist(), "ceiling": self._ceiling.item()}
 
-    def load(self, losses: Sequence[float]) -> None:
+    def load(self, state: GuardState) -> None:
         """Take over what :meth:`state` returned, of a guard with the same count."""
+        losses = state["losses"]
         self._seen = len(losses)
         kept = torch.tensor(losses, dtype=torch.float64, device=self._losses.device)
         self._losses = torch.cat([self._losses.new_zeros(len(self._losses) - len(losses)), kept])
+        self._ceiling.fill_(state["ceiling"])

@@ -58,8 +58,8 @@ class AutoLR(LRScheduler):
         calibrate: how many of the first optimizer steps are all probed. The first probe repeats the search
             along its step until the factor settles, and takes that step again at the rate found: the one time
             that parameters change. 0 for none.
-        guard: the level rises only if the mean loss of so many probes (fewer at first) is below that of as many
-            before, by more than two standard errors; 0 lets it rise whenever the factor says so.
+        guard: the level goes above its highest so far only if the mean loss of so many probes (fewer at first) is
+            below that of as many before, by more than two standard errors; 0 lets it go wherever the factor says.
         total_steps: optimizer steps of the whole training. Without it there is no annealing but ``"plateau"``.
         anneal: ``"cosine"``, ``"linear"``, or a callable from the fraction of training done to a multiplier.
             The logarithm of each factor is scaled by it too, so that the level does not climb against it.
@@ -245,7 +245,7 @@ class AutoLR(LRScheduler):
             "base_lrs": list(self._rates.base),
             "level": self._rates.level.item(),
             "settled": self._rates.settled.item(),
-            "losses": self._guard.state(),
+            "guard": self._guard.state(),
             "evaluator": self.evaluator.state(),
             "snapshots": self._snapshots.state(self._parameters()),
         }
@@ -289,7 +289,7 @@ class AutoLR(LRScheduler):
         self._rates.base[:] = state_dict["base_lrs"]
         self._rates.set_level(state_dict["level"])
         self._rates.settled.fill_(state_dict["settled"])
-        self._guard.load(state_dict["losses"])
+        self._guard.load(state_dict["guard"])
         self.evaluator.load(state_dict["evaluator"])
         self._apply()
 
@@ -326,7 +326,7 @@ class AutoLR(LRScheduler):
             before, exponent = level.clone(), self._rates.multiplier(now)
             rounds, seen = 1, self._look(line, self.factors, closure, level, exponent)
             loss = seen.losses[self._unscaled]
-            falls = self._guard.hold(-loss if self._maximizes else loss, before, level)
+            falls = self._guard.hold(-loss if self._maximizes else loss, level)
             if self._settles:
                 self._rates.settle(before, falls)
         else:

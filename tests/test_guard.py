@@ -1,3 +1,4 @@
+import json
 import math
 import statistics
 
@@ -18,52 +19,57 @@ def number(value):
 
 
 @given(
-    losses=st.lists(st.floats(0.1, 10.0), min_size=1, max_size=30),
+    probes=st.lists(st.tuples(st.floats(0.1, 10.0), st.sampled_from((0.5, 2.0))), min_size=1, max_size=30),
     count=st.integers(2, 6),
-    rises=st.booleans(),
 )
-def test_the_level_rises_only_while_the_mean_falls_by_more_than_two_errors(losses, count, rises):
-    guard = Guard(count, torch.device("cpu"))
-    for seen, loss in enumerate(losses, start=1):
-        before = number(1.0)
-        level = number(2.0 if rises else 0.5)
-        guard.hold(number(loss), before, level)
-        allowed = True
-        half = min(count, seen // 2)
+def test_the_level_goes_where_it_has_not_been_only_while_the_mean_falls_by_more_than_two_errors(probes, count):
+    guard, level = Guard(count, torch.device("cpu")), number(1.0)
+    losses, levels = [], [0.0]
+    for loss, factor in probes:
+        losses.append(loss)
+        wanted = level.item() * factor
+        level *= factor
+        guard.hold(number(loss), level)
+        allowed, half = True, min(count, len(losses) // 2)
         if half >= 2:
-            older, newer = losses[seen - 2 * half : seen - half], losses[seen - half : seen]
+            older, newer = losses[-2 * half : -half], losses[-half:]
             error = math.sqrt((statistics.variance(older) + statistics.variance(newer)) / half)
             gain = statistics.fmean(older) - statistics.fmean(newer)
             if math.isclose(gain, 2 * error, rel_tol=1e-9, abs_tol=1e-12):  # rounding decides
-                continue
+                return
             allowed = gain > 2 * error
-        assert level.item() == (2.0 if rises and allowed else 1.0 if rises else 0.5)
+        assert level.item() == (wanted if allowed else min(wanted, max(levels)))
+        levels.append(level.item())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_holds_the_level_until_it_is_forgotten(bad):
-    guard = Guard(2, torch.device("cpu"))
+    guard, level = Guard(2, torch.device("cpu")), number(1.0)
     levels = []
     for loss in (9.0, 8.0, 7.0, bad, 5.0, 4.0, 3.0, 2.0, 1.0):
-        level = number(2.0)
-        guard.hold(number(loss), number(1.0), level)
+        level *= 2
+        guard.hold(number(loss), level)
         levels.append(level.item())
-    assert levels == [2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0]
+    assert levels == [2.0, 4.0, 8.0, 8.0, 8.0, 8.0, 8.0, 16.0, 32.0]
 
 
 def test_a_guard_goes_on_from_its_state():
-    losses = torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    whole = Guard(3, torch.device("cpu"))
-    for cut in (2, 11):
+    random = torch.Generator().manual_seed(0)
+    losses = torch.rand(40, generator=random, dtype=torch.float64)
+    factors = torch.where(torch.rand(40, generator=random) < 0.6, 2.0, 0.5)
+    for cut in (0, 2, 11):
         whole, resumed = Guard(3, torch.device("cpu")), Guard(3, torch.device("cpu"))
-        for loss in losses[:cut]:
-            whole.hold(loss, number(1.0), number(2.0))
-        resumed.load(whole.state())
-        for loss in losses[cut:]:
-            levels = [number(2.0), number(2.0)]
-            for guard, level in zip((whole, resumed), levels, strict=True):
-                guard.hold(loss, number(1.0), level)
-            assert levels[0] == levels[1]
+        level = number(1.0)
+        for loss, factor in zip(losses[:cut], factors[:cut], strict=True):
+            level *= factor
+            whole.hold(loss, level)
+        resumed.load(json.loads(json.dumps(whole.state())))
+        other = level.clone()
+        for loss, factor in zip(losses[cut:], factors[cut:], strict=True):
+            level *= factor
+            other *= factor
+            assert whole.hold(loss, level) == resumed.hold(loss, other)
+            assert level == other
 
 
 def train(loss_of_step, maximize=False, **options):

@@ -451,7 +451,7 @@ def test_state_dict_is_small_and_plain():
     state = scheduler.state_dict()
     assert set(state) == {
         "last_epoch", "optimizer_steps", "probed_step", "searched", "warm",
-        "base_lrs", "level", "settled", "losses", "evaluator", "snapshots",
+        "base_lrs", "level", "settled", "guard", "evaluator", "snapshots",
     }  # fmt: skip
     assert state["snapshots"]["taken"] == {}
     file = io.BytesIO()
