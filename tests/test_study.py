@@ -10,7 +10,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study import slices
 from benchmarks.study.grid import STARTS, STUDIES, TUNED
 from benchmarks.study.methods import METHODS, OPTIMIZERS
-from benchmarks.study.report import gain, outcomes, settings_table, table
+from benchmarks.study.report import error, gain, outcomes, settings_table, table
 from benchmarks.study.signals import SCALES, watch
 from benchmarks.study.tasks import TASKS, Places, batch, evaluate, load
 from benchmarks.study.training import Cell, train
@@ -230,14 +230,23 @@ def row(method, lr, seed, result, scheduling=1.0, **setting):
     return {**cell._asdict(), "result": result, "scheduling": scheduling, "seconds": 11.0}
 
 
-def test_a_table_compares_with_the_best_tuned_cosine():
+def test_a_table_compares_with_the_best_tuned_cosine_of_the_same_seed():
     rows = [row("cosine", lr, seed, 90 - abs(math.log10(lr) + 1) + seed) for lr in TUNED for seed in (0, 1, 2)]
     rows += [row("cosine", 1e-6, 0, 99.0)]  # not in the grid that is tuned over
-    rows += [row("AutoLR", lr, seed, 92.0 + seed) for lr in (1e-4, 1.0) for seed in (0, 1, 2)]
+    rows += [row("AutoLR", lr, seed, 92.0 + 2 * seed) for lr in (1e-4, 1.0) for seed in (0, 1, 2)]
     rows += [row("AutoLR", 10.0, seed, None) for seed in (0, 1, 2)]
+    rows += [row("AutoLR", 1.0, 7, 100.0)]  # to be compared with nothing
     _, _, cosine, auto = table(outcomes(rows), "SGD", ["cosine", "AutoLR"])
-    assert auto == "| AutoLR | +2.0 (-91.0 .. +2.0), 4.0 | 10% | 3 |"
-    assert cosine.startswith("| cosine | -1.0 (-2.5 .. +0.0), 2.0 |")
+    assert auto == "| AutoLR | +3.0 ± 0.6 (-91.0 .. +3.0), 4.0 | 10% | 3 |"  # 2, 3 and 4: 1 / sqrt(3)
+    assert cosine.startswith("| cosine | -1.0 ± 0.0 (-2.5 .. +0.0), 2.0 |")
+
+
+def test_an_error_needs_three_seeds():
+    rows = [row("cosine", 1.0, seed, 90.0) for seed in (0, 1, 2)]
+    for results in ((91.0, 93.0), (91.0, 93.0, None)):
+        of_method = [row("AutoLR", 1.0, seed, result) for seed, result in enumerate(results)]
+        gains = outcomes(of_method)["digits", "SGD", "AutoLR"].gains(outcomes(rows)["digits", "SGD", "cosine"])
+        assert (error(gains) is None) == (len(results) < 3)
 
 
 def test_settings_are_compared_with_the_cosine_of_the_same():

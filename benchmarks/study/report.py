@@ -28,26 +28,45 @@ _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 
 
 class Outcome:
-    """What a method reaches on a task with an optimizer, from each start: the median over the seeds.
+    """What a method reaches on a task with an optimizer.
 
     Attributes:
-        by_start: lr0 -> result.
-        spread: lr0 -> (lowest, highest) over the seeds.
+        results: lr0 -> seed -> result.
         extra: median share by which the scheduler lengthens the training.
         seeds: how many there are of the start with the fewest.
     """
 
     def __init__(self, rows: Sequence[Row]):
-        lost = _LOST[TASKS[rows[0]["task"]].measure]
-        results: dict[float, list[float]] = {}
+        self.task: str = rows[0]["task"]
+        lost = _LOST[TASKS[self.task].measure]
+        self.results: dict[float, dict[int, float]] = {}
         for row in sorted(rows, key=lambda row: row["lr"]):
-            results.setdefault(row["lr"], []).append(lost if row["result"] is None else row["result"])
-        self.by_start = {lr: statistics.median(values) for lr, values in results.items()}
-        self.seeds = min(len(values) for values in results.values())
-        self.spread = {lr: (min(values), max(values)) for lr, values in results.items()}
+            self.results.setdefault(row["lr"], {})[row["seed"]] = lost if row["result"] is None else row["result"]
+        self.seeds = min(map(len, self.results.values()))
         self.extra = statistics.median(row["scheduling"] / (row["seconds"] - row["scheduling"]) for row in rows)
 
+    def medians(self) -> dict[float, float]:
+        """Return the median over the seeds, by lr0."""
+        return {lr: statistics.median(by_seed.values()) for lr, by_seed in self.results.items()}
 
+    def best(self) -> tuple[float, float]:
+        """Return the start with the best median among those that a schedule is tuned over, and that."""
+        choose = max if TASKS[self.task].measure == "accuracy" else min
+        medians = {lr: result for lr, result in self.medians().items() if lr in TUNED}
+        lr = choose(medians, key=medians.__getitem__)
+        return lr, medians[lr]
+
+    def gains(self, tuned: Outcome) -> Gains:
+        """Return by how much each run is better than the run of the same seed from the best start of another."""
+        references = tuned.results[tuned.best()[0]]
+        return {
+            lr: {seed: gain(self.task, by_seed[seed], references[seed]) for seed in by_seed if seed in references}
+            for lr, by_seed in self.results.items()
+        }
+
+
+Gains = Mapping[float, Mapping[int, float]]
+"""lr0 -> seed -> gain."""
 Found = Mapping[tuple[str, str, str], Outcome]
 """(task, optimizer, method) -> outcome."""
 
@@ -61,13 +80,6 @@ def outcomes(rows: Iterable[Row], batch_size: int = 0, length: int = 1) -> dict[
     return {key: Outcome(of_key) for key, of_key in grouped.items()}
 
 
-def best(task: str, results: Mapping[float, float]) -> tuple[float, float]:
-    """Return the start with the best result, and that."""
-    choose = max if TASKS[task].measure == "accuracy" else min
-    lr = choose(results, key=results.__getitem__)
-    return lr, results[lr]
-
-
 def gain(task: str, result: float, reference: float) -> float:
     """Return by how much a result is better than another: points of accuracy, or % of the loss."""
     if TASKS[task].measure == "accuracy":
@@ -75,33 +87,52 @@ def gain(task: str, result: float, reference: float) -> float:
     return -math.inf if math.isinf(result) else 100 * (1 - result / reference)
 
 
+def middle(gains: Gains) -> float:
+    """Return the median over the starts of the median over the seeds."""
+    return statistics.median(statistics.median(by_seed.values()) for by_seed in gains.values())
+
+
+def error(gains: Gains) -> float | None:
+    """Return the standard error, over the seeds, of the median over the starts; none of less than three seeds."""
+    seeds = set.intersection(*(set(by_seed) for by_seed in gains.values()))
+    of_seeds = [statistics.median(by_seed[seed] for by_seed in gains.values()) for seed in seeds]
+    if len(of_seeds) < 3 or not all(map(math.isfinite, of_seeds)):
+        return None
+    return statistics.stdev(of_seeds) / math.sqrt(len(of_seeds))
+
+
 def table(found: Found, optimizer: str, methods: Sequence[str]) -> list[str]:
     """Return the table of an optimizer: a line a method, a column a task.
 
-    A cell is the gain over the best tuned cosine: the median over the starts, the worst and the best of them, and
-    how many decades of starts are close to that cosine or better.
+    A cell is the gain over the best tuned cosine: the median over the starts and its standard error, the worst and
+    the best of the starts, and how many decades of starts are close to that cosine or better.
     """
-    tasks = [task for task in TASKS if (task, optimizer, "cosine") in found]
-    tuned = {task: best(task, _tuned(found[task, optimizer, "cosine"])) for task in tasks}
-    heads = [f"{task}: {tuned[task][1]:.4g} at {tuned[task][0]:g}" for task in tasks]
-    lines = [f"| {optimizer} | {' | '.join(heads)} | extra time | seeds |", "|---" * (len(tasks) + 3) + "|"]
+    tuned = {task: found[task, optimizer, "cosine"] for task in TASKS if (task, optimizer, "cosine") in found}
+    heads = ["{}: {:.4g} at {:g}".format(task, *reversed(cosine.best())) for task, cosine in tuned.items()]
+    lines = [f"| {optimizer} | {' | '.join(heads)} | extra time | seeds |", "|---" * (len(tuned) + 3) + "|"]
     for method in methods:
-        cells, extra, seeds = [], [], []
-        for task in tasks:
-            outcome = found.get((task, optimizer, method))
-            if outcome is None:
+        outcomes = {task: found[task, optimizer, method] for task in tuned if (task, optimizer, method) in found}
+        if not outcomes:
+            continue
+        cells = []
+        for task, cosine in tuned.items():
+            if task not in outcomes:
                 cells.append("")
                 continue
-            extra.append(outcome.extra)
-            seeds.append(outcome.seeds)
-            starts = _tuned(outcome) if method in BASELINES else outcome.by_start
-            gains = {lr: gain(task, result, tuned[task][1]) for lr, result in starts.items()}
-            middle, worst, highest = statistics.median(gains.values()), min(gains.values()), max(gains.values())
-            close = [lr for lr, of_lr in gains.items() if of_lr >= -_CLOSE]
+            gains = outcomes[task].gains(cosine)
+            if method in BASELINES:
+                gains = {lr: by_seed for lr, by_seed in gains.items() if lr in TUNED}
+            of_starts = {lr: statistics.median(by_seed.values()) for lr, by_seed in gains.items()}
+            noise = error(gains)
+            close = [lr for lr, of_lr in of_starts.items() if of_lr >= -_CLOSE]
             decades = math.log10(max(close) / min(close)) if close else 0.0
-            cells.append(f"{middle:+.1f} ({worst:+.1f} .. {highest:+.1f}), {decades:.1f}")
-        if extra:
-            lines.append(f"| {method} | {' | '.join(cells)} | {statistics.median(extra):.0%} | {min(seeds)} |")
+            cells.append(
+                f"{middle(gains):+.1f}{'' if noise is None else f' ± {noise:.1f}'} "
+                f"({min(of_starts.values()):+.1f} .. {max(of_starts.values()):+.1f}), {decades:.1f}"
+            )
+        extra = statistics.median(outcome.extra for outcome in outcomes.values())
+        seeds = min(outcome.seeds for outcome in outcomes.values())
+        lines.append(f"| {method} | {' | '.join(cells)} | {extra:.0%} | {seeds} |")
     return lines
 
 
@@ -122,9 +153,7 @@ def settings_table(rows: Sequence[Row]) -> list[str]:
             if auto is None or cosine is None:
                 cells.append("")
                 continue
-            _, reference = best(task, cosine.by_start)
-            middle = statistics.median(gain(task, result, reference) for result in auto.by_start.values())
-            cells.append(f"{middle:+.1f}, {auto.extra:.0%}")
+            cells.append(f"{middle(auto.gains(cosine)):+.1f}, {auto.extra:.0%}")
         if any(cells):
             lines.append(f"| {task}, {optimizer} | {' | '.join(cells)} |")
     return lines
@@ -137,10 +166,6 @@ def extra_table(found: Found) -> list[str]:
         cells = (found.get((task, optimizer, "AutoLR")) for task in TASKS)
         lines.append(f"| {optimizer} | {' | '.join(f'{cell.extra:.0%}' if cell else '' for cell in cells)} |")
     return lines
-
-
-def _tuned(outcome: Outcome) -> dict[float, float]:
-    return {lr: result for lr, result in outcome.by_start.items() if lr in TUNED}
 
 
 def figure(found: Found, methods: Sequence[str]) -> Figure:
@@ -156,10 +181,10 @@ def figure(found: Found, methods: Sequence[str]) -> Figure:
         axes = grid[row][column]
         for method, colour in zip(methods, _COLOURS, strict=False):
             if outcome := found.get((name, optimizer, method)):
-                lrs = list(outcome.by_start)
-                axes.plot(lrs, list(outcome.by_start.values()), color=colour, label=method, marker=".")
-                lowest, highest = zip(*outcome.spread.values(), strict=True)
-                axes.fill_between(lrs, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+                medians = outcome.medians()
+                axes.plot(medians.keys(), medians.values(), color=colour, label=method, marker=".")
+                lowest, highest = ([end(by.values()) for by in outcome.results.values()] for end in (min, max))
+                axes.fill_between(list(medians), lowest, highest, color=colour, alpha=0.2, linewidth=0)
         axes.set_xscale("log")
         axes.spines[["top", "right"]].set_visible(False)
         if row == 0:
@@ -169,7 +194,7 @@ def figure(found: Found, methods: Sequence[str]) -> Figure:
         if column == 0:
             axes.set_ylabel(optimizer)
     for column, (name, task) in enumerate(TASKS.items()):
-        results = [o.by_start.values() for (of, _, method), o in found.items() if of == name and method in methods]
+        results = [o.medians().values() for (of, _, method), o in found.items() if of == name and method in methods]
         finite = sorted(result for each in results for result in each if math.isfinite(result))
         if not finite:
             continue
@@ -191,8 +216,10 @@ def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
         "# From any start, against the best of a grid",
         "",
         "Gain over the best cosine schedule of a grid of nine rates (3e-4 .. 3), in points of accuracy or % of the "
-        "loss: the median over the starts (the worst .. the best of them), each the median over the seeds; then "
-        "from the lowest to the highest start that gives at most one point or one % less, in decades. In the head "
+        "loss, each run against that of the same seed: the median over the starts, its standard error over the "
+        "seeds (a gain of less than two is noise), the worst .. the best of the starts, each the median over the "
+        "seeds; then from the lowest to the highest start that gives at most one point or one % less, in decades. "
+        "In the head "
         "of a column stands that best cosine and its rate; its own line is what the grid as a whole gives. AutoLR "
         f"starts from {', '.join(f'{lr:g}' for lr in STARTS)}, and with one thing changed from 1e-4 and 1. Extra "
         "time is what the scheduler adds to the training.",
