@@ -5,11 +5,12 @@ from .evaluators import EVALUATORS, Auto, Evaluator, EvaluatorError, Folded, Gra
 from .isolation import Closure, ClosureError, Isolation
 from .probe import Probe
 from .scheduler import AutoLR
-from .scoring import FACTORS_3, FACTORS_5, FACTORS_7
+from .scoring import FACTORS_2, FACTORS_3, FACTORS_5, FACTORS_7
 from .tree import ALRTree
 
 __all__ = [
     "EVALUATORS",
+    "FACTORS_2",
     "FACTORS_3",
     "FACTORS_5",
     "FACTORS_7",

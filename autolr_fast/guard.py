@@ -59,7 +59,7 @@ class Guard:
             level: the level after the probe, 0-dim.
 
         Returns:
-            By how many standard errors the losses fall, 0-dim, not a number if one is not finite or all are equal;
+            By how many standard errors the losses fall, 0-dim, not a number if one is not finite;
             ``None`` while there are fewer than twice ``count``.
         """
         if self.count == 0:
@@ -72,7 +72,8 @@ class Guard:
             return None
         older, newer = self._losses[-2 * half : -half], self._losses[-half:]
         error = ((older.var() + newer.var()) / half).sqrt()
-        falls = (older.mean() - newer.mean()) / error
+        gain = older.mean() - newer.mean()
+        falls = torch.where(gain == 0, gain, gain / error)
         self._ceiling = torch.where(falls > _CLEAR, torch.maximum(self._ceiling, level), self._ceiling)
         level.copy_(torch.minimum(level, self._ceiling))
         return falls if half == self.count else None

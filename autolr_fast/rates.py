@@ -91,11 +91,11 @@ class Rates:
 
         Args:
             before: the level before the probe, 0-dim.
-            falls: by how many standard errors the loss falls, 0-dim; ``None`` if that is not known yet.
+            falls: by how many standard errors the loss falls, 0-dim; ``None`` or not a number if that is not known.
         """
         self.level.copy_(before * (self.level / before) ** self.settled)
         if falls is not None:
-            self.settled = torch.where(falls > _PROGRESS, self.settled, _SETTLING * self.settled)
+            self.settled = torch.where(falls <= _PROGRESS, _SETTLING * self.settled, self.settled)
 
     def apply(self, step: int) -> None:
         """Write the learning rates after ``step`` optimizer steps into the param groups."""

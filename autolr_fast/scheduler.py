@@ -13,7 +13,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import ops
 from .annealing import Annealing, resolve_annealing
-from .arguments import check_count, check_fraction, check_guard, check_limits, check_optimizer, check_windows
+from .arguments import (
+    check_count,
+    check_fraction,
+    check_guard,
+    check_limits,
+    check_losses,
+    check_optimizer,
+    check_windows,
+)
 from .calibration import Look, is_unseen, search, steady_state
 from .candidates import GradientLine, Line, candidate_parameters, live_rows
 from .distributed import ProcessGroup, is_sharded, mean_over_ranks
@@ -22,7 +30,7 @@ from .guard import Guard
 from .isolation import Closure, check_repeatable
 from .probe import Probe
 from .rates import Rates
-from .scoring import FACTORS_3, Rule, check_factors, resolve_rules, weigh
+from .scoring import FACTORS_2, FACTORS_3, Rule, check_factors, resolve_rules, weigh
 from .snapshots import Cadence, Snapshots
 
 __all__ = ["AutoLR"]
@@ -37,8 +45,8 @@ class AutoLR(LRScheduler):
     ``lr = level * anneal(fraction of training done)``.
 
     The rule is Algorithm 1 of Kim & Yu, "Automated learning rate scheduling with in-training information";
-    :meth:`paper` gives their own setting. The defaults (calibration, two windows in turn, a probe every ten
-    steps, annealing) are what keeps that rule from running away under momentum and Adam.
+    :meth:`paper` gives their own setting. The defaults (calibration, two factors, two windows in turn, a probe
+    every ten steps, a guard, annealing) are what keeps that rule from running away under momentum and Adam.
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer` but LBFGS. Its param groups keep their ratios to each
@@ -93,7 +101,7 @@ class AutoLR(LRScheduler):
         ...     optimizer.step()
         ...     scheduler.step(lambda: nn.functional.mse_loss(model(x), y))
         >>> len(scheduler.last_probe.losses), scheduler.level[0] > 1e-2
-        (3, True)
+        (2, True)
     """
 
     def __init__(
@@ -101,7 +109,7 @@ class AutoLR(LRScheduler):
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
         *,
-        factors: Sequence[float] = FACTORS_3,
+        factors: Sequence[float] = FACTORS_2,
         score: str | Rule = "exp",
         normalize: str | Rule = "minmax",
         every: int | None = 10,
@@ -169,7 +177,7 @@ class AutoLR(LRScheduler):
 
     @classmethod
     def paper(cls, optimizer: torch.optim.Optimizer, model: nn.Module, **overrides: Any) -> AutoLR:
-        """Return the source's own setting: the last step only, every step, no calibration, no annealing.
+        """Return the source's own setting: Factor_3, the last step only, every step, no calibration, no annealing.
 
         With momentum or Adam it climbs to a learning rate that ruins the network; see the README.
 
@@ -184,7 +192,14 @@ class AutoLR(LRScheduler):
             AutoLR(lr=[0.005], factors=(2.0, 1.0, 0.5), every=1, window=1, direction='step', calibrate=0,
             total_steps=None, evaluator='auto')
         """
-        setting: dict[str, Any] = {"every": 1, "until": 1.0, "window": 1, "calibrate": 0, "guard": 0}
+        setting: dict[str, Any] = {
+            "factors": FACTORS_3,
+            "every": 1,
+            "until": 1.0,
+            "window": 1,
+            "calibrate": 0,
+            "guard": 0,
+        }
         return cls(optimizer, model, **{**setting, **overrides})
 
     def step(self, closure: Closure | None = None) -> None:  # type: ignore[override]
@@ -236,6 +251,7 @@ class AutoLR(LRScheduler):
         It loads with ``torch.load(weights_only=True)``. A run resumed from it (and from model, optimizer and
         random-number state) is bit for bit the one that was not interrupted.
         """
+        self._rates.adopt_new_groups(max(self.last_epoch, 0))
         return {
             "last_epoch": self.last_epoch,
             "optimizer_steps": self._snapshots.steps,
@@ -279,6 +295,7 @@ class AutoLR(LRScheduler):
                 f"state_dict is of an evaluator with the state {state_dict['evaluator']}, and "
                 f"{self.evaluator.name!r} has {self.evaluator.state()}: give AutoLR the same evaluator"
             )
+        check_losses(state_dict["guard"]["losses"], self._guard.count)
         steps, taken = state_dict["optimizer_steps"], state_dict["snapshots"]
         self._snapshots.load(steps, taken, self._parameters())
         self._snapshots.warm = state_dict["warm"]
@@ -314,7 +331,8 @@ class AutoLR(LRScheduler):
         parameters = candidate_parameters(self.model, self.optimizer)
         line: Line | None
         if self.direction == "gradient":
-            line = GradientLine(self.model, self.optimizer, closure, self.process_group)
+            with self._snapshots.refusing_steps():
+                line = GradientLine(self.model, self.optimizer, closure, self.process_group)
         else:
             names = {parameter: name for name, parameter in parameters.items()}
             line = self._snapshots.line(self.optimizer, window, names)
@@ -351,14 +369,11 @@ class AutoLR(LRScheduler):
         self, line: Line, factors: Sequence[float], closure: Closure, level: Tensor, exponent: float = 1.0
     ) -> Look:
         """Evaluate the candidates, and move the level by what they say."""
-        self._snapshots.probing = True
-        try:
+        with self._snapshots.refusing_steps():
             if not self._repeatable:
                 check_repeatable(self.model, closure)
                 self._repeatable = True
             losses = self.evaluator.losses(self.model, line, factors, closure)
-        finally:
-            self._snapshots.probing = False
         precision = torch.finfo(losses.dtype).eps
         losses = mean_over_ranks(losses.double(), self.process_group).to(self._rates.level.device)
         wanted = -losses if self._maximizes else losses
@@ -385,13 +400,16 @@ class AutoLR(LRScheduler):
         unseen = is_unseen(seen)
         if unseen or not seen.losses.isfinite().any():
             cause = (
-                "the step changed too little for the precision of the loss. Start from a higher learning rate"
+                "the loss is the same at every scale of the step. If the closure returns one that was computed "
+                "before, let it compute it anew, as in scheduler.step(lambda: loss_fn(model(x), y)); else the step "
+                "changed too little for the precision of the loss: start from a higher learning rate"
                 if unseen
                 else "the loss was not finite at any scale of the step. Check the first batch and the loss"
             )
             self._warn_once(
                 f"AutoLR could not calibrate: {cause}. Parameters and learning rate stay as they are; the next of "
-                f"the first {self._cadence.calibrate} steps tries again."
+                f"the first {self._cadence.calibrate} steps tries again.",
+                depth=4,
             )
             return rounds, seen._replace(factor=torch.ones_like(seen.factor))
         if line.window and ratio != 1.0:
@@ -423,7 +441,8 @@ class AutoLR(LRScheduler):
                 "rate is at its lowest: pass the number of optimizer steps of the whole training"
             )
 
-    def _warn_once(self, message: str) -> None:
+    def _warn_once(self, message: str, depth: int = 3) -> None:
+        """Warn where :meth:`step` was called, as many calls up as ``depth``."""
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, UserWarning, stacklevel=4)
+            warnings.warn(message, UserWarning, stacklevel=1 + depth)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "FACTORS_2",
     "FACTORS_3",
     "FACTORS_5",
     "FACTORS_7",
@@ -25,6 +26,7 @@ __all__ = [
 Rule = Callable[[Tensor], Tensor]
 """A normalisation or a score: [N] in, [N] out."""
 
+FACTORS_2: tuple[float, ...] = (1.5, 1 / 1.5)
 FACTORS_3: tuple[float, ...] = (2.0, 1.0, 0.5)
 FACTORS_5: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5, 0.125)
 FACTORS_7: tuple[float, ...] = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
@@ -110,7 +112,7 @@ def check_factors(factors: Sequence[float]) -> tuple[float, ...]:
         checked = tuple(float(factor) for factor in factors)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"factors={factors!r}: expected numbers such as {FACTORS_3}, or FACTORS_3, FACTORS_5, FACTORS_7"
+            f"factors={factors!r}: expected numbers such as {FACTORS_3}, or FACTORS_2, _3, _5 or _7"
         ) from error
     if not checked:
         raise ValueError(f"factors={factors!r} is empty: give at least one number, such as {FACTORS_3}")

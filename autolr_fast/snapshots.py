@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,13 +77,12 @@ class Snapshots:
     Attributes:
         steps: optimizer steps counted so far.
         warm: whether momentum buffers were filled before the first of them.
-        probing: while it is set, a step of the optimizer is refused.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, cadence: Cadence):
         self.steps = 0
         self.warm = False
-        self.probing = False
+        self._refusing = False
         self._cadence = cadence
         self._taken: dict[int, Snapshot] = {}
         self._lrs: list[list[float]] = []  # of each param group in each of the last steps, where samples may do
@@ -185,8 +185,17 @@ class Snapshots:
             for step, taken in state["taken"].items()
         }
 
+    @contextmanager
+    def refusing_steps(self) -> Iterator[None]:
+        """Refuse steps of the optimizer with a ClosureError in this context, where closures run."""
+        self._refusing = True
+        try:
+            yield
+        finally:
+            self._refusing = False
+
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.probing:
+        if self._refusing:
             raise ClosureError("closure called optimizer.step(); a probe only needs the loss: " + REMEDY)
         if self.steps == 0:
             self.warm = any(state.get("momentum_buffer") is not None for state in optimizer.state.values())

@@ -84,9 +84,12 @@ def train(loss_of_step, maximize=False, **options):
         optimizer.zero_grad()
         (-sign * model["w"]).backward()
         optimizer.step()
-        scheduler.step(
-            lambda step=step, start=start, lr=lr: sign * (loss_of_step(step) - 1e-3 * (model["w"] - start) / lr)
-        )
+
+        def closure(step=step, start=start, lr=lr):
+            factor = ((model["w"] - start) / lr).mul(1e6).round().div(1e6)  # without rounding errors
+            return sign * (loss_of_step(step) - 1e-3 * factor)
+
+        scheduler.step(closure)
         levels.append(scheduler.level[0])
     return levels
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autolr_fast import FACTORS_3, AutoLR
+from autolr_fast import FACTORS_2, AutoLR
 
 from .helpers import mlp, problem, sgd
 
@@ -34,7 +34,7 @@ def test_the_equivalent_is_equivalent():
     optimizer = sgd(model, momentum=0.9)
     scheduler = AutoLR(optimizer, model, calibrate=0, every=1, window=1)
     scope = {"copy": copy, "math": math, "model": model, "loss_fn": F.cross_entropy, "x": x, "y": y}
-    scope |= {"factors": FACTORS_3, "lr": 0.1, "prev": [p.detach().clone() for p in model.parameters()]}
+    scope |= {"factors": FACTORS_2, "lr": 0.1, "prev": [p.detach().clone() for p in model.parameters()]}
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     exec(EQUIVALENT, scope)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR, ClosureError, InPlace, Probe, reference
+from autolr_fast import FACTORS_2, FACTORS_3, FACTORS_5, FACTORS_7, AutoLR, ClosureError, InPlace, Probe, reference
+from autolr_fast.rates import Rates
 from autolr_fast.reconstruction import tells
 
 from .helpers import (
@@ -107,12 +108,12 @@ def test_every_optimizer(name, window, small, monkeypatch):
         assert_same(before, everything(model, optimizer))
         if step % 2 == 0:
             used = min(windows[(step // 2) % len(windows)], step)
-            expected = losses_of_copies(model, history[step - used], FACTORS_3, loss_of)
+            expected = losses_of_copies(model, history[step - used], FACTORS_2, loss_of)
             losses = scheduler.last_probe.losses.tolist()
             assert losses == (pytest.approx(expected, rel=1e-5) if tells(optimizer, used) else expected)
             assert scheduler.last_probe.window == used
             wanted = [-loss for loss in losses] if kwargs.get("maximize") else losses
-            assert optimizer.param_groups[0]["lr"] == pytest.approx(reference.next_lr(wanted, lr, FACTORS_3))
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(reference.next_lr(wanted, lr, FACTORS_2))
         else:
             assert optimizer.param_groups[0]["lr"] == lr
     assert scheduler.last_probe.step == 8
@@ -129,12 +130,12 @@ def test_annealing_scales_rate_and_log_factor():
     for step in range(1, 20):
         previous = parameters_of(model)
         train_step(model, optimizer, loss_of)
-        expected = losses_of_copies(model, previous, FACTORS_3, loss_of)
+        expected = losses_of_copies(model, previous, FACTORS_2, loss_of)
         scheduler.step(lambda: loss_of(model))
         losses = scheduler.last_probe.losses.tolist()
         assert losses == pytest.approx(expected, rel=1e-6)
         multiplier = (1 + math.cos(math.pi * step / 20)) / 2
-        level = source_lr(losses, level, FACTORS_3, multiplier)
+        level = source_lr(losses, level, FACTORS_2, multiplier)
         assert scheduler.level[0] == pytest.approx(level, rel=1e-9)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(level * multiplier, rel=1e-9)
         assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]]
@@ -213,11 +214,11 @@ def test_rate_stays_finite_and_inside_limits(bad):
     optimizer = sgd(model, lr=0.5)
     scheduler = AutoLR(optimizer, model, every=1, calibrate=0, min_lr=1e-3, evaluator="inplace")
     seen = []
-    for _ in range(15):
+    for _ in range(20):
         train_step(model, optimizer, loss_of)
         scheduler.step(lambda: loss_of(model) * bad)
         seen.append(optimizer.param_groups[0]["lr"])
-    assert seen[:3] == pytest.approx([0.25, 0.125, 0.0625])
+    assert seen[:3] == pytest.approx([0.5 / 1.5, 0.5 / 1.5**2, 0.5 / 1.5**3])
     assert seen[-1] == pytest.approx(1e-3)
     assert min(seen) >= 1e-3
 
@@ -250,7 +251,7 @@ def test_skipped_steps_are_not_probed(fused):
             continue
         history.append(parameters_of(model))
         window = min(2, len(history) - 1)
-        expected = losses_of_copies(model, history[-1 - window], FACTORS_3, loss_of)
+        expected = losses_of_copies(model, history[-1 - window], FACTORS_2, loss_of)
         assert scheduler.last_probe.losses.tolist() == expected
     assert scheduler.last_epoch == 4
 
@@ -269,7 +270,7 @@ def test_accumulation_and_clipping():
             optimizer.zero_grad()
         scheduler.step(lambda: loss_of(model))
         if micro % 3 == 0:
-            expected = losses_of_copies(model, previous, FACTORS_3, loss_of)
+            expected = losses_of_copies(model, previous, FACTORS_2, loss_of)
             assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-6)
         probes.append(scheduler.last_epoch)
     assert probes == [0, 0, 1, 1, 1, 2, 2, 2, 3]
@@ -345,7 +346,7 @@ def test_plateaus_anneal_and_the_level_moves_the_less():
     model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([1.0], dtype=torch.float64))})
     optimizer = sgd(model, lr=0.1)
     options = {"every": 1, "window": 1, "calibrate": 0, "guard": 3, "evaluator": "inplace"}
-    scheduler = AutoLR(optimizer, model, anneal="plateau", **options)
+    scheduler = AutoLR(optimizer, model, anneal="plateau", factors=FACTORS_3, **options)
     twice, once, half = math.exp(-1), math.exp(-1 / 3), 1.0  # weights of losses that rise with the factor
     factor = 2.0 ** ((twice - half) / (twice + once + half))
     level, settled = 0.1, 1.0
@@ -362,6 +363,39 @@ def test_plateaus_anneal_and_the_level_moves_the_less():
     resumed = AutoLR(sgd(model, lr=0.1), model, anneal="plateau", **options)
     resumed.load_state_dict(scheduler.state_dict())
     assert resumed.get_last_lr() == scheduler.get_last_lr()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_no_plateau(bad):
+    model, _ = problem("mlp")
+    rates = Rates(sgd(model, lr=0.1), lambda _: 1.0, None, 1e-12, 1e4)
+    for falls, settled in ((bad, 1.0), (0.9, 0.8), (math.nan, 0.8), (1.1, 0.8)):
+        rates.settle(rates.level.clone(), torch.tensor(falls))
+        assert rates.settled.item() == pytest.approx(settled)
+
+
+def test_a_loss_computed_before_is_told():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, evaluator="inplace")
+    train_step(model, optimizer, loss_of)
+    loss = loss_of(model).detach()
+    with pytest.warns(UserWarning, match="compute it anew") as caught:
+        scheduler.step(lambda: loss)
+    assert caught[0].filename == __file__
+
+
+def test_a_state_between_a_new_group_and_the_next_step_is_whole():
+    model, loss_of = problem("mlp")
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    scheduler = AutoLR(optimizer, model, calibrate=0, every=1)
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+    optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.02})
+    state = scheduler.state_dict()
+    scheduler.load_state_dict(state)
+    assert scheduler.get_last_lr()[1] == pytest.approx(0.02)
 
 
 def test_past_total_steps_is_told():
@@ -481,6 +515,9 @@ def test_load_state_dict_refuses_what_is_not_its_own():
     other = AutoLR(torch.optim.SGD(groups, lr=0.1), model)
     with pytest.raises(ValueError, match="of 2 param groups and the optimizer has 1"):
         scheduler.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="guard=10 keeps 20 losses, and state_dict has 21.*give AutoLR the guard"):
+        scheduler.load_state_dict({**before, "guard": {"losses": [1.0] * 21, "ceiling": 1.0}})
+    assert scheduler.state_dict() == before
 
 
 # Param groups and parameters
@@ -593,7 +630,7 @@ def test_optimizer_that_takes_a_closure():
         previous = parameters_of(model)
         optimizer.step(training_closure)
         scheduler.step(lambda: loss_of(model))
-        expected = losses_of_copies(model, previous, FACTORS_3, loss_of)
+        expected = losses_of_copies(model, previous, FACTORS_2, loss_of)
         assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
@@ -611,7 +648,7 @@ def test_compiled_model_and_step():
         loss_of(compiled).backward()
         step()
         scheduler.step(lambda: loss_of(compiled))
-        expected = losses_of_copies(model, previous, FACTORS_3, loss_of)
+        expected = losses_of_copies(model, previous, FACTORS_2, loss_of)
         assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
@@ -696,16 +733,20 @@ def test_a_closure_that_draws_batches_is_refused():
     assert_same(before, everything(model, optimizer))
 
 
-def test_a_closure_that_steps_the_optimizer_is_refused():
+@pytest.mark.parametrize("direction", ["step", "gradient"])
+def test_a_closure_that_steps_the_optimizer_is_refused(direction):
     model, loss_of = problem("mlp")
     optimizer = sgd(model, momentum=0.9)
-    scheduler = AutoLR(optimizer, model)
+    scheduler = AutoLR(optimizer, model, direction=direction)
     train_step(model, optimizer, loss_of)
     before = everything(model, optimizer)
 
     @torch.enable_grad()
     def closure():
-        train_step(model, optimizer, loss_of)
+        if direction == "step":
+            train_step(model, optimizer, loss_of)
+        else:
+            optimizer.step()
         return loss_of(model)
 
     with pytest.raises(ClosureError, match=r"called optimizer.step\(\)"):
@@ -819,7 +860,7 @@ def test_last_probe_is_readable():
     text = repr(probe)
     assert "step=1, window=1, evaluator='inplace', rounds=1" in text
     assert f"lr 0.1 -> {probe.lr_after[0]:.4g}" in text
-    assert f"2: {probe.losses[0].item():.4g} (" in text
+    assert f"1.5: {probe.losses[0].item():.4g} (" in text
 
 
 def test_repr_and_preset():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.paper.data import DataError
 from benchmarks.study import __main__ as study
 from benchmarks.study import slices
 from benchmarks.study.grid import STARTS, STUDIES, TUNED
@@ -68,6 +69,10 @@ def test_a_text_is_cut_into_pieces(tmp_path):
     text = "".join(chr(97 + i * i % 26) for i in range(6500))
     (tmp_path / "text").write_text(text)
     data = TASKS["lstm"].data(NOWHERE._replace(text=tmp_path / "text"))
+    for name, bad in (("short", b"too short"), ("binary", b"\xff" * 9000)):
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(DataError, match="--text .*(has 9 characters|is no text)"):
+            TASKS["lstm"].data(NOWHERE._replace(text=tmp_path / name))
     (x, y), (test, _) = data
     assert x.shape == y.shape == (90, 64)
     assert test.shape == (11, 64)
@@ -214,7 +219,12 @@ def test_data_that_are_not_there_are_named(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"), [(["start"], "'start' is not one of starts"), (["--seeds", "0"], "'0' cannot be used")]
+    ("more", "said"),
+    [
+        (["start"], "'start' is not one of starts"),
+        (["--seeds", "0"], "'0' cannot be used"),
+        (["--methods", "cosin"], "invalid choice: 'cosin'"),
+    ],
 )
 def test_bad_arguments_are_named(more, said, capsys):
     with pytest.raises(SystemExit):

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", None, "directory of log.jsonl and checkpoint.pt", type=Path, required=True)
     add("--scheduler", "auto", "auto is AutoLR, paper is AutoLR.paper", choices=[*PROBING, *BASELINES])
     add("--lr", 0.005, "where the learning rate starts", type=number(float, above=0))
-    add("--factors", None, "of auto and paper: how many, or 7 that lie further apart (3)", choices=FACTORS)
+    add("--factors", None, "of auto and paper: how many, or 7 that lie further apart (2 and 3)", choices=FACTORS)
     add("--every", None, "steps from probe to probe, or 'epoch' (auto 10, paper 1)", type=_every)
     add("--score", None, "how losses become weights (minmax)", choices=RULES)
     add("--direction", None, "of the candidates (step)", choices=("step", "gradient"))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..paper.data import DataError
 from ..paper.train import CACHE, number
+from .methods import METHODS
 from .tasks import TASKS, Places
 from .training import Cell
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", type=Path, required=True, help="a text to learn")
     add("--seeds", type=number(int, lowest=1), default=3, help="how many (%(default)s)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
-    add("--methods", nargs="+", help="only these")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="only these, named as in the table")
     add("--jobs", type=number(int, lowest=1), default=os.cpu_count(), help="runs at a time (one a core)")
     add("--minutes", type=number(float, lowest=0), default=math.inf, help="begin no more then (no limit)")
     add("--results", type=Path, default=RESULTS, help="directory of the results (%(default)s)")
@@ -82,7 +83,8 @@ def run_missing(
         parser.error(str(error))
     except ImportError as error:
         parser.error(f"{error}: pip install '.[study]', or leave its methods out by --methods")
-    print(f"{count} of {len(wanted)} runs are missing; call this again, with --minutes for them, to go on")
+    more = "; call this again, with --minutes for them, to go on" if count else ""
+    print(f"{count} of {len(wanted)} runs are missing{more}")
 
 
 def _cell(row: Row) -> Cell:

@@ -141,15 +141,23 @@ def _images(places: Places) -> Data:
 
 
 _CONTEXT = 64
+_PIECES = 100
 
 
 def _text(places: Places) -> Data:
     """Return the text in pieces of 64 characters: nine tenths of it, and the 500 pieces that follow."""
-    text = places.text.read_text(encoding="utf-8")
+    try:
+        text = places.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--text {places.text} is no text in UTF-8: {error}") from error
     alphabet = {character: index for index, character in enumerate(sorted(set(text)))}
     if len(alphabet) > _CHARACTERS:
         raise DataError(
             f"--text {places.text} has {len(alphabet)} different characters: give one of at most {_CHARACTERS}"
+        )
+    if len(text) <= _PIECES * _CONTEXT:
+        raise DataError(
+            f"--text {places.text} has {len(text)} characters: give one of more than {_PIECES * _CONTEXT}"
         )
     corpus = torch.tensor([alphabet[character] for character in text])
     starts = torch.arange(0, len(corpus) - _CONTEXT - 1, _CONTEXT)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autolr_fast import FACTORS_5, FACTORS_7, AutoLR
+from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR
 from autolr_fast.calibration import Look, steady_state
 from autolr_fast.candidates import Line, candidate_parameters
 from autolr_fast.isolation import Closure
@@ -122,7 +122,7 @@ VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "one step calibrated": (AutoLR, {"calibrate": 1}),
     "calibration alone": (AutoLR, {"calibrate": 1, "every": None}),
     "calibration alone, 20 steps": (AutoLR, {"every": None}),
-    "not annealed": (AutoLR, {"total_steps": None}),
+    "not annealed": (AutoLR, {"anneal": lambda _: 1.0}),
     "annealed on plateaus": (AutoLR, {"total_steps": None, "anneal": "plateau"}),
     **{f"window {window}": (AutoLR, {"window": window}) for window in (1, 2, 3, 4)},
     "windows 2 and 4": (AutoLR, {"window": (2, 4)}),
@@ -131,6 +131,7 @@ VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "start at (1 - momentum)": (Started, {"caution": 1.0, "power": 1.0}),
     "leash 0.1": (Leashed, {"leash": 0.1}),
     "not guarded": (AutoLR, {"guard": 0}),
+    "guard 4": (AutoLR, {"guard": 4}),
     "windows 1, 2 and 3": (AutoLR, {"window": (1, 2, 3)}),
     "windows 2 and 3": (AutoLR, {"window": (2, 3)}),
     "windows averaged, every 20": (Combined, {"combine": _mean, "every": 20}),
@@ -139,7 +140,9 @@ VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     **{f"every {every}": (AutoLR, {"every": every}) for every in (1, 3, 20, 30)},
     "probed to the end": (AutoLR, {"until": 1.0}),
     "probed for a third": (AutoLR, {"until": 1 / 3}),
-    "factors 1.5, 1/1.5": (AutoLR, {"factors": (1.5, 1 / 1.5)}),
+    "factors 1.3, 1/1.3": (AutoLR, {"factors": (1.3, 1 / 1.3)}),
+    "factors 2, 1/2": (AutoLR, {"factors": (2.0, 0.5)}),
+    "Factor_3": (AutoLR, {"factors": FACTORS_3}),
     "factors 3, 1, 1/3": (AutoLR, {"factors": (3.0, 1.0, 1 / 3)}),
     "Factor_5": (AutoLR, {"factors": FACTORS_5}),
     "Factor_7": (AutoLR, {"factors": FACTORS_7}),
