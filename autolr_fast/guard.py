@@ -55,7 +55,7 @@ class Guard:
         """Add the loss of a probe, and put the level back to the ceiling, in place, if it is above and may not be.
 
         Args:
-            loss: 0-dim, of the step as it was taken; lower is better.
+            loss: 0-dim, of the candidate nearest to the step as it was taken; lower is better.
             level: the level after the probe, 0-dim.
 
         Returns:

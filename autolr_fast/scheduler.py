@@ -251,7 +251,7 @@ class AutoLR(LRScheduler):
         It loads with ``torch.load(weights_only=True)``. A run resumed from it (and from model, optimizer and
         random-number state) is bit for bit the one that was not interrupted.
         """
-        self._rates.adopt_new_groups(max(self.last_epoch, 0))
+        self._rates.adopt_new_groups(self.last_epoch)
         return {
             "last_epoch": self.last_epoch,
             "optimizer_steps": self._snapshots.steps,

@@ -45,16 +45,12 @@ class Outcome:
         self.seeds = min(map(len, self.results.values()))
         self.extra = statistics.median(row["scheduling"] / (row["seconds"] - row["scheduling"]) for row in rows)
 
-    def medians(self) -> dict[float, float]:
-        """Return the median over the seeds, by lr0."""
-        return {lr: statistics.median(by_seed.values()) for lr, by_seed in self.results.items()}
-
     def best(self) -> tuple[float, float]:
         """Return the start with the best median among those that a schedule is tuned over, and that."""
         choose = max if TASKS[self.task].measure == "accuracy" else min
-        medians = {lr: result for lr, result in self.medians().items() if lr in TUNED}
-        lr = choose(medians, key=medians.__getitem__)
-        return lr, medians[lr]
+        tuned = {lr: result for lr, result in medians(self.results).items() if lr in TUNED}
+        lr = choose(tuned, key=tuned.__getitem__)
+        return lr, tuned[lr]
 
     def gains(self, tuned: Outcome) -> Gains:
         """Return by how much each run is better than the run of the same seed from the best start of another."""
@@ -87,9 +83,9 @@ def gain(task: str, result: float, reference: float) -> float:
     return -math.inf if math.isinf(result) else 100 * (1 - result / reference)
 
 
-def middle(gains: Gains) -> float:
-    """Return the median over the starts of the median over the seeds."""
-    return statistics.median(statistics.median(by_seed.values()) for by_seed in gains.values())
+def medians(by_start: Mapping[float, Mapping[int, float]]) -> dict[float, float]:
+    """Return the median over the seeds, of results or gains, by lr0."""
+    return {lr: statistics.median(by_seed.values()) for lr, by_seed in by_start.items()}
 
 
 def error(gains: Gains) -> float | None:
@@ -111,27 +107,27 @@ def table(found: Found, optimizer: str, methods: Sequence[str]) -> list[str]:
     heads = ["{}: {:.4g} at {:g}".format(task, *reversed(cosine.best())) for task, cosine in tuned.items()]
     lines = [f"| {optimizer} | {' | '.join(heads)} | extra time | seeds |", "|---" * (len(tuned) + 3) + "|"]
     for method in methods:
-        outcomes = {task: found[task, optimizer, method] for task in tuned if (task, optimizer, method) in found}
-        if not outcomes:
+        of_method = {task: found[task, optimizer, method] for task in tuned if (task, optimizer, method) in found}
+        if not of_method:
             continue
         cells = []
         for task, cosine in tuned.items():
-            if task not in outcomes:
+            if task not in of_method:
                 cells.append("")
                 continue
-            gains = outcomes[task].gains(cosine)
+            gains = of_method[task].gains(cosine)
             if method in BASELINES:
                 gains = {lr: by_seed for lr, by_seed in gains.items() if lr in TUNED}
-            of_starts = {lr: statistics.median(by_seed.values()) for lr, by_seed in gains.items()}
+            of_starts = medians(gains)
             noise = error(gains)
             close = [lr for lr, of_lr in of_starts.items() if of_lr >= -_CLOSE]
             decades = math.log10(max(close) / min(close)) if close else 0.0
             cells.append(
-                f"{middle(gains):+.1f}{'' if noise is None else f' ± {noise:.1f}'} "
+                f"{statistics.median(of_starts.values()):+.1f}{'' if noise is None else f' ± {noise:.1f}'} "
                 f"({min(of_starts.values()):+.1f} .. {max(of_starts.values()):+.1f}), {decades:.1f}"
             )
-        extra = statistics.median(outcome.extra for outcome in outcomes.values())
-        seeds = min(outcome.seeds for outcome in outcomes.values())
+        extra = statistics.median(outcome.extra for outcome in of_method.values())
+        seeds = min(outcome.seeds for outcome in of_method.values())
         lines.append(f"| {method} | {' | '.join(cells)} | {extra:.0%} | {seeds} |")
     return lines
 
@@ -153,7 +149,8 @@ def settings_table(rows: Sequence[Row]) -> list[str]:
             if auto is None or cosine is None:
                 cells.append("")
                 continue
-            cells.append(f"{middle(auto.gains(cosine)):+.1f}, {auto.extra:.0%}")
+            middle = statistics.median(medians(auto.gains(cosine)).values())
+            cells.append(f"{middle:+.1f}, {auto.extra:.0%}")
         if any(cells):
             lines.append(f"| {task}, {optimizer} | {' | '.join(cells)} |")
     return lines
@@ -181,10 +178,10 @@ def figure(found: Found, methods: Sequence[str]) -> Figure:
         axes = grid[row][column]
         for method, colour in zip(methods, _COLOURS, strict=False):
             if outcome := found.get((name, optimizer, method)):
-                medians = outcome.medians()
-                axes.plot(medians.keys(), medians.values(), color=colour, label=method, marker=".")
+                middles = medians(outcome.results)
+                axes.plot(middles.keys(), middles.values(), color=colour, label=method, marker=".")
                 lowest, highest = ([end(by.values()) for by in outcome.results.values()] for end in (min, max))
-                axes.fill_between(list(medians), lowest, highest, color=colour, alpha=0.2, linewidth=0)
+                axes.fill_between(list(middles), lowest, highest, color=colour, alpha=0.2, linewidth=0)
         axes.set_xscale("log")
         axes.spines[["top", "right"]].set_visible(False)
         if row == 0:
@@ -194,7 +191,9 @@ def figure(found: Found, methods: Sequence[str]) -> Figure:
         if column == 0:
             axes.set_ylabel(optimizer)
     for column, (name, task) in enumerate(TASKS.items()):
-        results = [o.medians().values() for (of, _, method), o in found.items() if of == name and method in methods]
+        results = [
+            medians(o.results).values() for (of, _, method), o in found.items() if of == name and method in methods
+        ]
         finite = sorted(result for each in results for result in each if math.isfinite(result))
         if not finite:
             continue
