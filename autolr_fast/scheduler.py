@@ -31,7 +31,7 @@ from .isolation import Closure, check_repeatable
 from .probe import Probe
 from .rates import Rates
 from .scoring import FACTORS_2, FACTORS_3, Rule, check_factors, resolve_rules, weigh
-from .snapshots import Cadence, Snapshots
+from .snapshots import Cadence, Snapshots, windows_for
 
 __all__ = ["AutoLR"]
 
@@ -45,7 +45,7 @@ class AutoLR(LRScheduler):
     ``lr = level * anneal(fraction of training done)``.
 
     The rule is Algorithm 1 of Kim & Yu, "Automated learning rate scheduling with in-training information";
-    :meth:`paper` gives their own setting. The defaults (calibration, two factors, two windows in turn, a probe
+    :meth:`paper` gives their own setting. The defaults (calibration, two factors, windows of two steps, a probe
     every ten steps, a guard, annealing) are what keeps that rule from running away under momentum and Adam.
 
     Args:
@@ -60,7 +60,8 @@ class AutoLR(LRScheduler):
         every: optimizer steps from probe to probe after calibration; ``None`` for no more probes.
         until: fraction of ``total_steps`` up to which there are probes, calibration apart; from then on the level
             stays, and only annealing goes on. Without ``total_steps`` it plays no part.
-        window: optimizer steps that the line of candidates spans: one number, or several that take turns.
+        window: optimizer steps that the line of candidates spans: one number, or several that take turns. ``None``
+            is 2 for SGD without momentum, and 1 and 2 in turn for any other optimizer.
         direction: ``"step"`` for the line through what the optimizer did; ``"gradient"`` for
             ``now - f * lr * grad`` with a fresh gradient of the closure (``window`` then plays no part).
         calibrate: how many of the first optimizer steps are all probed. The first probe repeats the search
@@ -114,7 +115,7 @@ class AutoLR(LRScheduler):
         normalize: str | Rule = "minmax",
         every: int | None = 10,
         until: float = 0.5,
-        window: int | Sequence[int] = (1, 2),
+        window: int | Sequence[int] | None = None,
         direction: str = "step",
         calibrate: int = 20,
         guard: int = 10,
@@ -134,7 +135,7 @@ class AutoLR(LRScheduler):
         candidate_parameters(model, optimizer)
         if direction not in ("step", "gradient"):
             raise ValueError(f"direction={direction!r} is not known: use 'step' or 'gradient'")
-        windows = check_windows(window)
+        windows = windows_for(optimizer) if window is None else check_windows(window)
         check_count("calibrate", calibrate, at_least=0)
         if every is not None:
             check_count("every", every, at_least=1)

@@ -5,6 +5,7 @@ import math
 import pickle
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -867,9 +868,38 @@ def test_repr_and_preset():
     model = mlp()
     text = repr(AutoLR(sgd(model), model))
     assert "lr=[0.1]" in text
-    assert "every=10, window=(1, 2), direction='step', calibrate=20, total_steps=None, evaluator='auto'" in text
+    assert "every=10, window=2, direction='step', calibrate=20, total_steps=None, evaluator='auto'" in text
     assert "every=1, window=1, direction='step', calibrate=0" in repr(AutoLR.paper(sgd(model), model))
     assert "every=4" in repr(AutoLR.paper(sgd(model), model, every=4))
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "expected"),
+    [
+        (torch.optim.SGD, {}, [2, 2, 2, 2]),
+        (partial(torch.optim.SGD, momentum=0.9), {}, [2, 1, 2, 1]),
+        (torch.optim.AdamW, {}, [2, 1, 2, 1]),
+        (torch.optim.RMSprop, {}, [2, 1, 2, 1]),
+        (torch.optim.SGD, {"window": 1}, [1, 1, 1, 1]),
+    ],
+)
+def test_default_windows_follow_from_the_momentum(build, options, expected):
+    model, loss_of = problem("mlp")
+    optimizer = build(model.parameters(), lr=0.01)
+    scheduler = AutoLR(optimizer, model, every=3, calibrate=0, evaluator="inplace", **options)
+    windows = []
+    for _ in range(4 * 3):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(partial(loss_of, model))
+        if scheduler.last_probe and scheduler.last_probe.step == scheduler.last_epoch:
+            windows.append(scheduler.last_probe.window)
+    assert windows == expected
+
+
+def test_one_group_with_momentum_is_enough_for_both_windows():
+    model = nn.Linear(2, 1)
+    groups = [{"params": [model.weight], "momentum": 0.9}, {"params": [model.bias]}]
+    assert "window=(1, 2)" in repr(AutoLR(torch.optim.SGD(groups, lr=0.1), model))
 
 
 def test_it_is_a_scheduler_without_reference_cycles():
