@@ -11,7 +11,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study import slices
 from benchmarks.study.grid import STARTS, STUDIES, TUNED
 from benchmarks.study.methods import METHODS, OPTIMIZERS
-from benchmarks.study.report import error, gain, outcomes, settings_table, table
+from benchmarks.study.report import error, gain, outcomes, reached_table, settings_table, table
 from benchmarks.study.signals import SCALES, watch
 from benchmarks.study.tasks import TASKS, Places, batch, evaluate, load
 from benchmarks.study.training import Cell, train
@@ -249,6 +249,18 @@ def test_a_table_compares_with_the_best_tuned_cosine_of_the_same_seed():
     _, _, cosine, auto = table(outcomes(rows), "SGD", ["cosine", "AutoLR"])
     assert auto == "| AutoLR | +3.0 ± 0.6 (-91.0 .. +3.0), 4.0 | 10% | 3 |"  # 2, 3 and 4: 1 / sqrt(3)
     assert cosine.startswith("| cosine | -1.0 ± 0.0 (-2.5 .. +0.0), 2.0 |")
+
+
+def test_a_seed_has_no_say_in_the_rate_that_it_is_compared_with():
+    """Without 0 or without 3 the others choose 0.1, without 1 or without 2 they choose 1.0."""
+    at = {0.1: (80.0, 95.0, 95.0, 95.0), 1.0: (99.0, 90.0, 90.0, 98.0)}
+    rows = [row("cosine", lr, seed, result) for lr, of_lr in at.items() for seed, result in enumerate(of_lr)]
+    rows += [row("AutoLR", 1.0, seed, 96.0) for seed in range(4)]
+    found = outcomes(rows)
+    gains = found["digits", "SGD", "AutoLR"].gains(found["digits", "SGD", "cosine"], held_out=True)
+    assert gains[1.0] == {0: 16.0, 1: 6.0, 2: 6.0, 3: 1.0}
+    line = reached_table(found)[2]
+    assert line.startswith("| SGD | +7.2 ± 3.1 |")
 
 
 def test_an_error_needs_three_seeds():
