@@ -190,7 +190,7 @@ class AutoLR(LRScheduler):
         Example:
             >>> model = nn.Linear(4, 1)
             >>> AutoLR.paper(torch.optim.SGD(model.parameters(), lr=0.005), model)  # doctest: +NORMALIZE_WHITESPACE
-            AutoLR(lr=[0.005], factors=(2.0, 1.0, 0.5), every=1, window=1, direction='step', calibrate=0,
+            AutoLR(lr=[0.005], factors=(2.0, 1.0, 0.5), every=1, window=1, direction='step', calibrate=0, guard=0,
             total_steps=None, evaluator='auto')
         """
         setting: dict[str, Any] = {
@@ -257,6 +257,7 @@ class AutoLR(LRScheduler):
             "last_epoch": self.last_epoch,
             "optimizer_steps": self._snapshots.steps,
             "probed_step": self._probed_step,
+            "offered_step": self._offered_step,
             "searched": self._searched,
             "warm": self._snapshots.warm,
             "base_lrs": list(self._rates.base),
@@ -302,7 +303,7 @@ class AutoLR(LRScheduler):
         self._snapshots.warm = state_dict["warm"]
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = self.last_epoch + 1
-        self._probed_step = self._offered_step = state_dict["probed_step"]
+        self._probed_step, self._offered_step = state_dict["probed_step"], state_dict["offered_step"]
         self._searched = state_dict["searched"]
         self._rates.base[:] = state_dict["base_lrs"]
         self._rates.set_level(state_dict["level"])
@@ -324,7 +325,7 @@ class AutoLR(LRScheduler):
         return (
             f"AutoLR(lr=[{lrs}], factors={self.factors}, every={self._cadence.every}, "
             f"window={windows[0] if len(windows) == 1 else windows}, direction={self.direction!r}, "
-            f"calibrate={self._cadence.calibrate}, total_steps={self.total_steps}, "
+            f"calibrate={self._cadence.calibrate}, guard={self._guard.count}, total_steps={self.total_steps}, "
             f"evaluator={self.evaluator!r})"
         )
 

@@ -458,6 +458,27 @@ def test_resumed_run_is_bit_for_bit_the_same(cut, tensor_lr):
             assert torch.equal(probe.losses, expected.losses)
 
 
+def test_resumed_after_a_probe_that_was_left_out_does_not_warn(monkeypatch):
+    def start():
+        model, loss_of = problem("mlp")
+        optimizer = sgd(model)
+        return model, optimizer, AutoLR(optimizer, model, every=2, calibrate=0, evaluator="inplace"), loss_of
+
+    model, optimizer, scheduler, loss_of = start()
+    monkeypatch.setattr(scheduler._snapshots, "line", lambda *_: None)  # as where samples do not agree
+    for _ in range(2):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+    assert scheduler.last_probe is None
+    state = scheduler.state_dict()
+    model, optimizer, scheduler, loss_of = start()
+    scheduler.load_state_dict(state)
+    train_step(model, optimizer, loss_of)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step(lambda: loss_of(model))
+
+
 def test_resumed_after_falling_back_does_not_choose_anew():
     def start():
         torch.manual_seed(0)
@@ -485,7 +506,7 @@ def test_state_dict_is_small_and_plain():
         scheduler.step(lambda: loss_of(model))
     state = scheduler.state_dict()
     assert set(state) == {
-        "last_epoch", "optimizer_steps", "probed_step", "searched", "warm",
+        "last_epoch", "optimizer_steps", "probed_step", "offered_step", "searched", "warm",
         "base_lrs", "level", "settled", "guard", "evaluator", "snapshots",
     }  # fmt: skip
     assert state["snapshots"]["taken"] == {}
@@ -868,7 +889,7 @@ def test_repr_and_preset():
     model = mlp()
     text = repr(AutoLR(sgd(model), model))
     assert "lr=[0.1]" in text
-    assert "every=10, window=2, direction='step', calibrate=20, total_steps=None, evaluator='auto'" in text
+    assert "every=10, window=2, direction='step', calibrate=20, guard=10, total_steps=None" in text
     assert "every=1, window=1, direction='step', calibrate=0" in repr(AutoLR.paper(sgd(model), model))
     assert "every=4" in repr(AutoLR.paper(sgd(model), model, every=4))
 

@@ -211,11 +211,31 @@ def test_work_goes_on_in_processes_until_the_time_is_up(tmp_path, capsys):
 
 def test_data_that_are_not_there_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(slices, "_run", lambda work, cells, places, *_: (train(cell, places) for cell in cells))
-    for task, said in (("images", "--data missing: there is no such directory"), ("lstm", "missing")):
+    for task, said in (
+        ("images", "--images missing: there is no such directory"),
+        ("lstm", "--text missing cannot be read: No such file or directory"),
+    ):
         with pytest.raises(SystemExit) as refused:
             study.main(["--images", "missing", "--text", "missing", "--results", str(tmp_path), "--tasks", task])
         assert refused.value.code == 2
         assert said in capsys.readouterr().err
+
+
+def test_data_are_asked_for_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(slices, "_run", lambda *_: pytest.fail("trained"))
+    for tasks, said in (
+        (["digits", "lstm"], "--text is needed for the task lstm"),
+        (["images"], "--images is needed"),
+    ):
+        with pytest.raises(SystemExit):
+            study.main(["starts", "--results", str(tmp_path), "--tasks", *tasks])
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_tasks_that_are_made_need_no_data(tmp_path, capsys):
+    study.main(["starts", "--results", str(tmp_path), "--tasks", "digits", "--seeds", "1", "--minutes", "0"])
+    assert "42 of 42 runs are missing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ class Batches:
         return self.normalize(images), self._labels[chosen]
 
 
-def load_dataset(directory: Path, cache: Path) -> Dataset:
+def load_dataset(directory: Path, cache: Path, option: str = "--data") -> Dataset:
     """Return the images of ``train-*.parquet`` and ``test-*.parquet``, decoded at the first call only.
 
     Each row has a struct ``img`` with the encoded image in ``bytes``, and an integer ``label`` (or
@@ -107,17 +107,18 @@ def load_dataset(directory: Path, cache: Path) -> Dataset:
     Args:
         directory: holds the shards.
         cache: directory of the decoded data; made if it does not exist.
+        option: what the directory was given by, for errors.
 
     Raises:
         DataError: if there are no such files, or what they hold is not images with labels.
     """
     if not directory.is_dir():
-        raise DataError(f"--data {directory}: there is no such directory; give the one with train-*.parquet")
+        raise DataError(f"{option} {directory}: there is no such directory; give the one with train-*.parquet")
     shards = {split: sorted(directory.glob(f"{split}-*.parquet")) for split in ("train", "test")}
     for split, paths in shards.items():
         if not paths:
             raise DataError(
-                f"--data {directory}: holds no {split}-*.parquet; give the directory with both train-*.parquet "
+                f"{option} {directory}: holds no {split}-*.parquet; give the directory with both train-*.parquet "
                 "and test-*.parquet"
             )
     cached = cache / f"{_cache_key([*shards['train'], *shards['test']])}.pt"
@@ -127,12 +128,12 @@ def load_dataset(directory: Path, cache: Path) -> Dataset:
     test_images, test_labels = _decode(shards["test"])
     if train_images.shape[1:] != test_images.shape[1:]:
         raise DataError(
-            f"--data {directory}: training images are {list(train_images.shape[1:])} and test images "
+            f"{option} {directory}: training images are {list(train_images.shape[1:])} and test images "
             f"{list(test_images.shape[1:])}; both must have one shape"
         )
     if test_labels.max() > train_labels.max():
         raise DataError(
-            f"--data {directory}: test label {int(test_labels.max())} is above the largest training label, "
+            f"{option} {directory}: test label {int(test_labels.max())} is above the largest training label, "
             f"{int(train_labels.max())}; both must be of the same classes"
         )
     tensors = (train_images, train_labels, test_images, test_labels)

@@ -30,8 +30,8 @@ Row = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every study is told: where data and results lie, what to leave out, how long to go on."""
     add = parser.add_argument
-    add("--images", type=Path, required=True, help="directory with train-*.parquet and test-*.parquet")
-    add("--text", type=Path, required=True, help="a text to learn")
+    add("--images", type=Path, help="directory with train-*.parquet and test-*.parquet, for the task images")
+    add("--text", type=Path, help="a text to learn, for transformer and lstm")
     add("--seeds", type=number(int, lowest=1), default=3, help="how many (%(default)s)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="only these, named as in the table")
@@ -71,6 +71,10 @@ def run_missing(
     ]
     done = {_cell(row) for row in read(path)}
     missing = [cell for cell in wanted if cell not in done]
+    for task in {cell.task: None for cell in missing}:
+        place = TASKS[task].place
+        if place and getattr(args, place) is None:
+            parser.error(f"--{place} is needed for the task {task}: give it, or leave the task out by --tasks")
     count = len(missing)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

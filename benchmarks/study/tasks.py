@@ -23,9 +23,9 @@ __all__ = ["TASKS", "Data", "Places", "Task", "batch", "evaluate", "load"]
 class Places(NamedTuple):
     """Where the data lie that are not made here: CIFAR-10 as parquet, its decoded images, and a text."""
 
-    images: Path
+    images: Path | None
     cache: Path
-    text: Path
+    text: Path | None
 
 
 class Data(NamedTuple):
@@ -45,6 +45,7 @@ class Task(NamedTuple):
         model: builds the network.
         batch_size: examples in a batch.
         steps: of the optimizer.
+        place: which of :class:`Places` it reads, if any.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Task(NamedTuple):
     model: Callable[[], nn.Module]
     batch_size: int
     steps: int
+    place: str | None = None
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the mean loss of a batch: squared error of numbers, cross-entropy of classes."""
@@ -132,7 +134,8 @@ def _friedman() -> Data:
 
 def _images(places: Places) -> Data:
     """Return 10,000 images of CIFAR-10 to train on and 5,000 to test with, 16 x 16, each channel standardised."""
-    dataset = load_dataset(places.images, places.cache)
+    assert places.images is not None
+    dataset = load_dataset(places.images, places.cache, option="--images")
     parts = (dataset.train_images[:10_000], dataset.test_images[:5_000])
     x, test = (F.avg_pool2d(images.float(), 2) for images in parts)
     mean, deviation = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
@@ -146,10 +149,17 @@ _PIECES = 100
 
 def _text(places: Places) -> Data:
     """Return the text in pieces of 64 characters: nine tenths of it, and the 500 pieces that follow."""
+    assert places.text is not None
     try:
         text = places.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--text {places.text} is no text in UTF-8: {error}") from error
+    except OSError as error:
+        raise DataError(
+            f"--text {places.text} cannot be read: {error.strerror}; give a file with a text"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--text {places.text} is no text in UTF-8: {error}; convert it, or give another"
+        ) from error
     alphabet = {character: index for index, character in enumerate(sorted(set(text)))}
     if len(alphabet) > _CHARACTERS:
         raise DataError(
@@ -179,7 +189,13 @@ TASKS: Mapping[str, Task] = {
     "noise": Task("digits, 20 % of labels random", "accuracy", lambda _: _digits(0.2), demo.network, 32, 660),
     "friedman": Task("Friedman regression, perceptron", "loss", lambda _: _friedman(), _mlp, 32, 1000),
     "images": Task(
-        "CIFAR-10 at 16 x 16, ResNet-18 of width 8", "accuracy", _images, lambda: ResNet18(10, 8), 128, 390
+        "CIFAR-10 at 16 x 16, ResNet-18 of width 8",
+        "accuracy",
+        _images,
+        lambda: ResNet18(10, 8),
+        128,
+        390,
+        "images",
     ),
     "transformer": Task(
         "text, transformer",
@@ -188,6 +204,7 @@ TASKS: Mapping[str, Task] = {
         lambda: CharacterTransformer(_CHARACTERS, width=64, layers=2, heads=2, context=_CONTEXT),
         32,
         600,
+        "text",
     ),
-    "lstm": Task("text, LSTM", "loss", _text, lambda: TextLSTM(_CHARACTERS), 32, 1000),
+    "lstm": Task("text, LSTM", "loss", _text, lambda: TextLSTM(_CHARACTERS), 32, 1000, "text"),
 }
