@@ -23,9 +23,9 @@ __all__ = ["Cadence", "Snapshots", "windows_for"]
 def windows_for(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
     """Return the windows that suit an optimizer: 2 for SGD without momentum, 1 and 2 in turn for all others.
 
-    Plain SGD's last step is the last batch's own, and a line over it says how to fit that batch; over two, half of
-    the line is another's. Of a step with momentum the last batch has a tenth or so, and a line over two alone asks
-    for too little.
+    At a high rate plain SGD crosses its steepest valley at each step, and one step alone then looks too long; over
+    two the crossings cancel, and what is left is the progress. Momentum has no such rhythm, and a line over two steps
+    alone asks for too little.
     """
     plain = all("dampening" in group and group["momentum"] == 0 for group in optimizer.param_groups)
     return (2,) if plain else (1, 2)

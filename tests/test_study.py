@@ -15,7 +15,7 @@ from benchmarks.study.report import error, gain, outcomes, reached_table, settin
 from benchmarks.study.signals import SCALES, watch
 from benchmarks.study.tasks import TASKS, Places, batch, evaluate, load
 from benchmarks.study.training import Cell, train
-from benchmarks.study.windows import Quadratic, best_scale, levels, sharpness
+from benchmarks.study.windows import Quadratic, best_scale, best_scale_without_noise, levels, sharpness
 
 pytest.importorskip("sklearn")
 
@@ -157,6 +157,30 @@ def test_signals_are_the_losses_along_the_lines(monkeypatch):
 def test_sgd_on_a_noisy_quadratic_settles_at_the_inverse_of_the_curvature(rate, window):
     """One step is ``rate`` of the way to what its batch wants; at 1 it gets there, whatever the steps before."""
     assert best_scale(rate, window, count=20_000) == pytest.approx(1 / rate, rel=0.03)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4])
+def test_lines_over_even_windows_do_not_see_a_bounce(window):
+    """By real steps at 1.9 over the largest curvature, and a search for the best scale."""
+    model = Quadratic(normalized=False).double()
+    torch.nn.init.ones_(model.x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.9)
+    history = []
+    for _ in range(10):
+        history.append(model.x.detach().clone())
+        optimizer.zero_grad()
+        model(torch.zeros(50)).backward()
+        optimizer.step()
+    start, end = history[-window], model.x.detach().clone()
+
+    def loss(scale):
+        model.x.data = start + scale * (end - start)
+        return model(torch.zeros(50)).item()
+
+    best = min((0.01 * i for i in range(1000)), key=loss)
+    assert best_scale_without_noise(1.9, window) == pytest.approx(best, abs=0.006)
+    assert (best > 1) == (window % 2 == 0)
+    assert best_scale_without_noise(2.1, window) < 1
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.8, 0.9])

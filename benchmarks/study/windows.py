@@ -2,15 +2,19 @@
 
 Writes ``results/study/windows.png`` in about two minutes. Its panels:
 
-1. SGD on a noisy quadratic, loss ``h (x - c)^2 / 2`` with a new c for each batch. The best scale of the line over
+1. SGD on a quadratic of many curvatures, without noise. Where the rate is between 1 and 2 over the largest one, the
+   steps across that valley change sides each time, and along the others there is far to go. The line over one step,
+   or three, sees the last change of sides, and asks for less. Over two or four the changes cancel: what is left is
+   the progress, and they ask for more up to 2, where the training diverges.
+2. SGD on a noisy quadratic, loss ``h (x - c)^2 / 2`` with a new c for each batch. The best scale of the line over
    the last w steps, judged on the last batch, is 1 where the rate is 1 / h, for every w: all settle at one place.
-2. With momentum 0.9 a longer line settles at a lower rate. That over two steps does so at (1 - momentum) / h, where
+3. With momentum 0.9 a longer line settles at a lower rate. That over two steps does so at (1 - momentum) / h, where
    the steps are in the long run as long as SGD's at 1 / h; that over one step at three and a half times as much.
-3. AutoLR itself on such a quadratic of many curvatures (dashed), and on the same loss of ``x / |x|``, as of weights
+4. AutoLR itself on such a quadratic of many curvatures (dashed), and on the same loss of ``x / |x|``, as of weights
    before a normalisation. There a step is orthogonal to x and makes it longer, and the longer x is, the less a
    rate moves it: the level follows the length that follows the level, up to ``max_lr``. A longer line is only
    slower; so is the guard, which noise passes now and then.
-4. A network with BatchNorm, on digits: the rate times the sharpness, over 2; above 1 a quadratic diverges. The
+5. A network with BatchNorm, on digits: the rate times the sharpness, over 2; above 1 a quadratic diverges. The
    median of 5 measurements.
 """
 
@@ -79,6 +83,20 @@ def best_scale(rate: float, window: int, momentum: float = 0.0, count: int = 100
     return ((direction * (c - start)).mean() / direction.square().mean()).item()
 
 
+def best_scale_without_noise(rate: float, window: int, steps: int = 10) -> float:
+    """Return the best scale of the line over the last steps of SGD on a quadratic of many curvatures.
+
+    Args:
+        rate: learning rate, times the largest curvature.
+        window: steps that the line spans.
+        steps: from the start, where all directions are alike.
+    """
+    curvatures = Quadratic(normalized=False).curvatures.double()
+    start, end = ((1 - rate * curvatures) ** count for count in (steps - window, steps))
+    direction = end - start
+    return (-(curvatures * direction * start).sum() / (curvatures * direction.square()).sum()).item()
+
+
 def levels(normalized: bool, window: int | tuple[int, ...], steps: int = 1500, guard: int = 0) -> list[float]:
     """Return the learning rate at each step of SGD under AutoLR, unguarded unless told, on the quadratic."""
     torch.manual_seed(0)
@@ -142,8 +160,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=_COMMAND, description="Draw what the windows do.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the picture (%(default)s)")
     args = parser.parse_args(argv)
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    *settling, quadratics, network = figure.subplots(1, 4)
+    figure = Figure(figsize=(19, 4), layout="constrained")
+    bouncing, *settling, quadratics, network = figure.subplots(1, 5)
+    steep = [0.8 + 0.01 * i for i in range(131)]
+    for window, colour in zip((1, 2, 3, 4), (*_COLOURS[:2], "#e69f00", _COLOURS[3]), strict=True):
+        scales = [best_scale_without_noise(rate, window) for rate in steep]
+        bouncing.plot(steep, [max(scale, 1e-3) for scale in scales], color=colour, label=f"over {window}")
+    bouncing.axhline(1.0, color="0.5", linewidth=1)
+    _log(bouncing, "learning rate x largest curvature", "best scale", "quadratic without noise, SGD", x="linear")
+    bouncing.set_ylim(0.3, 10)
     rates = [0.02 * 1.35**i for i in range(15)]
     for axes, momentum in zip(settling, (0.0, 0.9), strict=True):
         for window, colour in zip((1, 2, 4), (*_COLOURS[:2], _COLOURS[3]), strict=True):
