@@ -24,8 +24,8 @@ def windows_for(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
     """Return the windows that suit an optimizer: 2 for SGD without momentum, 1 and 2 in turn for all others.
 
     At a high rate plain SGD crosses its steepest valley at each step, and one step alone then looks too long; over
-    two the crossings cancel, and what is left is the progress. Momentum has no such rhythm, and a line over two steps
-    alone asks for too little.
+    two the crossings cancel, and what is left is the progress. Momentum has no such rhythm, and with it a line over
+    two steps alone asks for too little.
     """
     plain = all("dampening" in group and group["momentum"] == 0 for group in optimizer.param_groups)
     return (2,) if plain else (1, 2)
