@@ -71,10 +71,13 @@ def run_missing(
     ]
     done = {_cell(row) for row in read(path)}
     missing = [cell for cell in wanted if cell not in done]
-    for task in {cell.task: None for cell in missing}:
-        place = TASKS[task].place
-        if place and getattr(args, place) is None:
-            parser.error(f"--{place} is needed for the task {task}: give it, or leave the task out by --tasks")
+    read_by: dict[str, list[str]] = {}
+    for task in dict.fromkeys(cell.task for cell in missing):
+        if (place := TASKS[task].place) and getattr(args, place) is None:
+            read_by.setdefault(place, []).append(task)
+    if read_by:
+        needed = ", ".join(f"--{place} is needed for {' and '.join(tasks)}" for place, tasks in read_by.items())
+        parser.error(f"{needed}: give it, or leave the tasks out by --tasks")
     count = len(missing)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -21,7 +21,7 @@ __all__ = ["TASKS", "Data", "Places", "Task", "batch", "evaluate", "load"]
 
 
 class Places(NamedTuple):
-    """Where the data lie that are not made here: CIFAR-10 as parquet, its decoded images, and a text."""
+    """Where the data lie that are not made here, ``None`` if nowhere: CIFAR-10 as parquet, decoded, and a text."""
 
     images: Path | None
     cache: Path
@@ -204,7 +204,7 @@ TASKS: Mapping[str, Task] = {
         lambda: CharacterTransformer(_CHARACTERS, width=64, layers=2, heads=2, context=_CONTEXT),
         32,
         600,
-        "text",
+        place="text",
     ),
-    "lstm": Task("text, LSTM", "loss", _text, lambda: TextLSTM(_CHARACTERS), 32, 1000, "text"),
+    "lstm": Task("text, LSTM", "loss", _text, lambda: TextLSTM(_CHARACTERS), 32, 1000, place="text"),
 }

@@ -1,21 +1,24 @@
-"""Where lines of candidates settle, and why the level may run away: ``python -m benchmarks.study.windows``.
+"""Where lines of candidates settle, over how many steps they go, and why the level may run away.
 
-Writes ``results/study/windows.png`` in about two minutes. Its panels:
+``python -m benchmarks.study.windows`` writes ``results/study/windows.png`` in about two minutes. Its panels (h is
+the largest curvature where there are many):
 
-1. SGD on a quadratic of many curvatures, without noise. Where the rate is between 1 and 2 over the largest one, the
-   steps across that valley change sides each time, and along the others there is far to go. The line over one step,
-   or three, sees the last change of sides, and asks for less. Over two or four the changes cancel: what is left is
-   the progress, and they ask for more up to 2, where the training diverges.
-2. SGD on a noisy quadratic, loss ``h (x - c)^2 / 2`` with a new c for each batch. The best scale of the line over
+1. SGD on a quadratic of many curvatures, without noise, after ten steps. Near a rate of 2 / h, steps cross the
+   steepest valley and back, each nearly as long as the one before, while along the others there is still far to
+   go. The line over one step, or three, sees the last crossing and asks for less, here from 1.8 / h on. Over two or
+   four the crossings cancel: what is left is the progress, and they ask for more up to 2 / h, where the training
+   diverges.
+2. The same on a network, by AutoLR with its guard and without annealing: the rate times the sharpness over 2,
+   which is 1 where a quadratic begins to diverge. The median of 5 measurements, as in the next.
+3. The same on a network with BatchNorm, unguarded.
+4. SGD on a noisy quadratic, loss ``h (x - c)^2 / 2`` with a new c for each batch. The best scale of the line over
    the last w steps, judged on the last batch, is 1 where the rate is 1 / h, for every w: all settle at one place.
-3. With momentum 0.9 a longer line settles at a lower rate. That over two steps does so at (1 - momentum) / h, where
+5. With momentum 0.9 a longer line settles at a lower rate. That over two steps does so at (1 - momentum) / h, where
    the steps are in the long run as long as SGD's at 1 / h; that over one step at three and a half times as much.
-4. AutoLR itself on such a quadratic of many curvatures (dashed), and on the same loss of ``x / |x|``, as of weights
+6. AutoLR itself on such a quadratic of many curvatures (dashed), and on the same loss of ``x / |x|``, as of weights
    before a normalisation. There a step is orthogonal to x and makes it longer, and the longer x is, the less a
    rate moves it: the level follows the length that follows the level, up to ``max_lr``. A longer line is only
    slower; so is the guard, which noise passes now and then.
-5. A network with BatchNorm, on digits: the rate times the sharpness, over 2; above 1 a quadratic diverges. The
-   median of 5 measurements.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from .slices import RESULTS
 from .tasks import TASKS, Places, batch, load
 
 _WINDOWS: dict[str, int | tuple[int, ...]] = {"1": 1, "2": 2, "1 and 2": (1, 2), "4": 4}
-_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
+_COLOURS = {"1": "#d55e00", "2": "#0072b2", "1 and 2": "#009e73", "3": "#e69f00", "4": "#cc79a7"}
 _COMMAND = "python -m benchmarks.study.windows"
 
 
@@ -114,16 +117,23 @@ def levels(normalized: bool, window: int | tuple[int, ...], steps: int = 1500, g
     return lrs
 
 
-def edges(window: int | tuple[int, ...], every: int = 10) -> list[float]:
-    """Return lr * sharpness / 2 at every tenth step of SGD on digits, with no annealing and no guard."""
-    nowhere = Path("nowhere")
-    task, data = TASKS["digits"], load("digits", Places(nowhere, nowhere, nowhere))
+def edges(name: str, window: int | tuple[int, ...], steps: int, guard: int, every: int = 10) -> list[float]:
+    """Return lr * sharpness / 2 at every tenth step of SGD under AutoLR without annealing.
+
+    Args:
+        name: of a task whose data are made.
+        window: of AutoLR.
+        steps: how many.
+        guard: of AutoLR.
+        every: steps from one measurement to the next.
+    """
+    task, data = TASKS[name], load(name, Places(None, Path("nowhere"), None))
     torch.manual_seed(0)
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = AutoLR(optimizer, model, window=window, guard=0, evaluator="inplace")
+    scheduler = AutoLR(optimizer, model, window=window, guard=guard, evaluator="inplace")
     found = []
-    for step in range(task.steps):
+    for step in range(steps):
         x, y = batch(data, step, task.batch_size, seed=0)
         closure = partial(task.loss, model, x, y)
         optimizer.zero_grad()
@@ -160,37 +170,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=_COMMAND, description="Draw what the windows do.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the picture (%(default)s)")
     args = parser.parse_args(argv)
-    figure = Figure(figsize=(19, 4), layout="constrained")
-    bouncing, *settling, quadratics, network = figure.subplots(1, 5)
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    (crossing, regression, network), (*settling, quadratics) = figure.subplots(2, 3)
     steep = [0.8 + 0.01 * i for i in range(131)]
-    for window, colour in zip((1, 2, 3, 4), (*_COLOURS[:2], "#e69f00", _COLOURS[3]), strict=True):
+    for window in (1, 2, 3, 4):
         scales = [best_scale_without_noise(rate, window) for rate in steep]
-        bouncing.plot(steep, [max(scale, 1e-3) for scale in scales], color=colour, label=f"over {window}")
-    bouncing.axhline(1.0, color="0.5", linewidth=1)
-    _log(bouncing, "learning rate x largest curvature", "best scale", "quadratic without noise, SGD", x="linear")
-    bouncing.set_ylim(0.3, 10)
+        crossing.plot(steep, scales, color=_COLOURS[str(window)], label=f"over {window}")
+    crossing.axhline(1.0, color="0.5", linewidth=1)
+    _log(crossing, "learning rate x largest curvature", "best scale", "quadratic without noise, SGD", x="linear")
+    crossing.set_ylim(0.3, 30)
+    for window in (1, 2, 3):
+        _draw_edges(regression, str(window), edges("friedman", window, steps=500, guard=10))
+    _log(regression, "step", "learning rate x sharpness / 2", "regression, SGD", x="linear")
     rates = [0.02 * 1.35**i for i in range(15)]
     for axes, momentum in zip(settling, (0.0, 0.9), strict=True):
-        for window, colour in zip((1, 2, 4), (*_COLOURS[:2], _COLOURS[3]), strict=True):
-            axes.plot(
-                rates, [best_scale(rate, window, momentum) for rate in rates], color=colour, label=f"over {window}"
-            )
+        for window in (1, 2, 4):
+            scales = [best_scale(rate, window, momentum) for rate in rates]
+            axes.plot(rates, scales, color=_COLOURS[str(window)], label=f"over {window}")
         axes.axhline(1.0, color="0.5", linewidth=1)
         _log(axes, "learning rate x curvature", "best scale", f"noisy quadratic, momentum {momentum:g}")
-    for (name, window), colour in zip(_WINDOWS.items(), _COLOURS, strict=True):
-        quadratics.plot(levels(False, window), color=colour, linestyle="--", linewidth=0.8)
-        quadratics.plot(levels(True, window), color=colour, label=f"over {name}", linewidth=1)
-        values = edges(window)
-        medians = [statistics.median(values[max(0, i - 2) : i + 3]) for i in range(len(values))]
-        network.plot([10 * (i + 1) for i in range(len(values))], medians, color=colour, label=f"over {name}")
-    quadratics.plot(levels(True, (1, 2), guard=10), color="#111111", label="over 1 and 2, guarded")
+    for name, window in _WINDOWS.items():
+        quadratics.plot(levels(False, window), color=_COLOURS[name], linestyle="--", linewidth=0.8)
+        quadratics.plot(levels(True, window), color=_COLOURS[name], label=f"over {name}", linewidth=1)
+        _draw_edges(network, name, edges("digits", window, steps=TASKS["digits"].steps, guard=0))
+    quadratics.plot(levels(True, 2, guard=10), color="#111111", label="over 2, guarded")
     _log(quadratics, "step", "learning rate", "AutoLR on quadratics of x (dashed) and x / |x|", x="linear")
-    network.axhline(1.0, color="0.5", linewidth=1)
-    _log(network, "step", "learning rate x sharpness / 2", "network with BatchNorm, digits", x="linear")
+    _log(network, "step", "learning rate x sharpness / 2", "digits, network with BatchNorm, SGD", x="linear")
     figure.supxlabel(f"{_COMMAND}   (torch {torch.__version__}, seed 0)", fontsize=7, color="0.4")
     args.results.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.results / "windows.png", dpi=110)
     print(f"wrote {args.results / 'windows.png'}")
+
+
+def _draw_edges(axes: Axes, name: str, values: Sequence[float]) -> None:
+    """Draw the median of five measurements."""
+    medians = [statistics.median(values[max(0, i - 2) : i + 3]) for i in range(len(values))]
+    axes.plot([10 * (i + 1) for i in range(len(values))], medians, color=_COLOURS[name], label=f"over {name}")
+    axes.axhline(1.0, color="0.5", linewidth=1)
 
 
 def _log(axes: Axes, xlabel: str, ylabel: str, title: str, x: str = "log") -> None:
