@@ -45,8 +45,8 @@ class AutoLR(LRScheduler):
     ``lr = level * anneal(fraction of training done)``.
 
     The rule is Algorithm 1 of Kim & Yu, "Automated learning rate scheduling with in-training information";
-    :meth:`paper` gives their own setting. The defaults (calibration, two factors, windows of two steps, a probe
-    every ten steps, a guard, annealing) are what keeps that rule from running away under momentum and Adam.
+    :meth:`paper` gives their own setting. The defaults (calibration, two factors, windows that suit the optimizer,
+    a probe every ten steps, a guard, annealing) are what keeps that rule from running away under momentum and Adam.
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer` but LBFGS. Its param groups keep their ratios to each

@@ -23,9 +23,9 @@ __all__ = ["Cadence", "Snapshots", "windows_for"]
 def windows_for(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
     """Return the windows that suit an optimizer: 2 for SGD without momentum, 1 and 2 in turn for all others.
 
-    At a high rate plain SGD crosses its steepest valley at each step, and one step alone then looks too long; over
-    two the crossings cancel, and what is left is the progress. Momentum has no such rhythm, and with it a line over
-    two steps alone asks for too little.
+    Near the highest rate that it bears, plain SGD crosses its steepest valley at each step, and one step alone then
+    looks too long; over two the crossings cancel, and what is left is the progress. With other optimizers neither
+    line is best on all networks, so they take turns.
     """
     plain = all("dampening" in group and group["momentum"] == 0 for group in optimizer.param_groups)
     return (2,) if plain else (1, 2)
