@@ -11,7 +11,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study import slices
 from benchmarks.study.grid import STARTS, STUDIES, TUNED
 from benchmarks.study.methods import METHODS, OPTIMIZERS
-from benchmarks.study.report import error, gain, held_out_table, outcomes, settings_table, table
+from benchmarks.study.report import error, gain, held_out_table, outcomes, settings_table, table, training_table
 from benchmarks.study.signals import SCALES, watch
 from benchmarks.study.tasks import TASKS, Places, batch, evaluate, load
 from benchmarks.study.training import Cell, train
@@ -292,9 +292,9 @@ def test_bad_arguments_are_named(more, said, capsys):
 # The tables
 
 
-def row(method, lr, seed, result, scheduling=1.0, **setting):
+def row(method, lr, seed, result, *, scheduling=1.0, loss=None, **setting):
     cell = Cell("digits", "SGD", method, lr, seed, **setting)
-    return {**cell._asdict(), "result": result, "scheduling": scheduling, "seconds": 11.0}
+    return {**cell._asdict(), "result": result, "loss": loss, "scheduling": scheduling, "seconds": 11.0}
 
 
 def test_a_table_compares_with_the_best_tuned_cosine_of_the_same_seed():
@@ -331,6 +331,13 @@ def test_an_error_needs_three_seeds():
         of_method = [row("AutoLR", 1.0, seed, result) for seed, result in enumerate(results)]
         gains = outcomes(of_method)["digits", "SGD", "AutoLR"].gains(outcomes(rows)["digits", "SGD", "cosine"])
         assert (error(gains) is None) == (len(results) < 3)
+
+
+def test_training_losses_are_those_of_the_lowest_and_of_the_best():
+    rows = [row("cosine", lr, 0, 90.0 + lr, loss=lr) for lr in (0.1, 1.0)] + [row("cosine", 3.0, 0, None)]
+    rows += [row("cosine", 1e-6, 0, 50.0, loss=0.001)]  # not in the grid
+    rows += [row("AutoLR", lr, seed, 92.0, loss=lr + seed) for lr in (1.0, 2.0, 7.0) for seed in (0, 1, 2)]
+    assert training_table(outcomes(rows))[2] == "| SGD | 3, 0.1, 1 |  |  |  |  |  |"
 
 
 def test_settings_are_compared_with_the_cosine_of_the_same():

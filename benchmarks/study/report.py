@@ -7,6 +7,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Outcome:
 
     Attributes:
         results: lr0 -> seed -> result.
+        training: lr0 -> median training loss of the last tenth.
         extra: median share by which the scheduler lengthens the training.
         seeds: how many there are of the start with the fewest.
     """
@@ -40,9 +42,13 @@ class Outcome:
         self.task: str = rows[0]["task"]
         lost = _LOST[TASKS[self.task].measure]
         self.results: dict[float, dict[int, float]] = {}
-        for row in sorted(rows, key=lambda row: row["lr"]):
-            self.results.setdefault(row["lr"], {})[row["seed"]] = lost if row["result"] is None else row["result"]
+        for lr, of_lr in _by_start(rows).items():
+            self.results[lr] = {row["seed"]: lost if row["result"] is None else row["result"] for row in of_lr}
         self.seeds = min(map(len, self.results.values()))
+        self.training: dict[float, float] = {
+            lr: statistics.median(math.inf if row["loss"] is None else row["loss"] for row in of_lr)
+            for lr, of_lr in _by_start(rows).items()
+        }
         self.extra = statistics.median(row["scheduling"] / (row["seconds"] - row["scheduling"]) for row in rows)
 
     def best(self, without: int | None = None) -> tuple[float, float]:
@@ -76,6 +82,11 @@ class Outcome:
             lr: {seed: gain(self.task, by_seed[seed], references[seed]) for seed in by_seed if seed in references}
             for lr, by_seed in self.results.items()
         }
+
+
+def _by_start(rows: Sequence[Row]) -> dict[float, list[Row]]:
+    ordered = sorted(rows, key=itemgetter("lr"))
+    return {lr: list(of_lr) for lr, of_lr in itertools.groupby(ordered, itemgetter("lr"))}
 
 
 Gains = Mapping[float, Mapping[int, float]]
@@ -174,6 +185,23 @@ def held_out_table(found: Found) -> list[str]:
             noise = error(gains)
             mark = "**" if mean < -2 * (noise or 0.0) else ""
             cells.append(f"{mark}{mean:+.1f}{'' if noise is None else f' ± {noise:.1f}'}{mark}")
+        lines.append(f"| {optimizer} | {' | '.join(cells)} |")
+    return lines
+
+
+def training_table(found: Found) -> list[str]:
+    """Return the table of training losses: AutoLR's, the lowest of the cosine's grid, that of its best result."""
+    lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
+    for optimizer in OPTIMIZERS:
+        cells = []
+        for task in TASKS:
+            auto, cosine = found.get((task, optimizer, "AutoLR")), found.get((task, optimizer, "cosine"))
+            if auto is None or cosine is None:
+                cells.append("")
+                continue
+            lowest = min(loss for lr, loss in cosine.training.items() if lr in TUNED)
+            chosen = cosine.training[cosine.best()[0]]
+            cells.append(f"{statistics.median(auto.training.values()):.3g}, {lowest:.3g}, {chosen:.3g}")
         lines.append(f"| {optimizer} | {' | '.join(cells)} |")
     return lines
 
@@ -281,6 +309,15 @@ def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
         "a loss of more than two errors.",
         "",
         *held_out_table(found),
+        "",
+    ]
+    lines += [
+        "## What it looks at: the training loss",
+        "",
+        "Of the last tenth of the steps: AutoLR's (median over the starts and seeds), the lowest that the cosine "
+        "schedule has from any rate of the grid, and that from the rate that is best by the measure above.",
+        "",
+        *training_table(found),
         "",
     ]
     lines += ["## The time that AutoLR adds", "", *extra_table(found), ""]
