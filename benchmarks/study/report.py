@@ -35,7 +35,7 @@ class Outcome:
         results: lr0 -> seed -> result.
         training: lr0 -> median training loss of the last tenth.
         extra: median share by which the scheduler lengthens the training.
-        seeds: how many there are of the start with the fewest.
+        seeds: how many there are of the start with the fewest, of schedules among those that they are tuned over.
     """
 
     def __init__(self, rows: Sequence[Row]):
@@ -44,7 +44,8 @@ class Outcome:
         self.results: dict[float, dict[int, float]] = {}
         for lr, of_lr in _by_start(rows).items():
             self.results[lr] = {row["seed"]: lost if row["result"] is None else row["result"] for row in of_lr}
-        self.seeds = min(map(len, self.results.values()))
+        tuned = rows[0]["method"] in BASELINES
+        self.seeds = min(len(by_seed) for lr, by_seed in self.results.items() if lr in TUNED or not tuned)
         self.training: dict[float, float] = {
             lr: statistics.median(math.inf if row["loss"] is None else row["loss"] for row in of_lr)
             for lr, of_lr in _by_start(rows).items()
