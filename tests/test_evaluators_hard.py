@@ -785,7 +785,7 @@ class Momentum(nn.Module):
 
     def forward(self, x):
         self.update()
-        return self.online(x) - 2 * self.target(x)
+        return self.online(x) - 0.5 * self.target(x)
 
 
 CASES["momentum-encoder"] = lambda: fitted(Momentum(assigns=False), vectors())
