@@ -6,7 +6,7 @@ import argparse
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,13 @@ class Outcome:
         self.task: str = rows[0]["task"]
         lost = _LOST[TASKS[self.task].measure]
         self.results: dict[float, dict[int, float]] = {}
-        for lr, of_lr in _by_start(rows).items():
+        self.training: dict[float, float] = {}
+        for lr, of_lr in _by_start(rows):
             self.results[lr] = {row["seed"]: lost if row["result"] is None else row["result"] for row in of_lr}
+            losses = [math.inf if row["loss"] is None else row["loss"] for row in of_lr]
+            self.training[lr] = statistics.median(losses)
         tuned = rows[0]["method"] in BASELINES
         self.seeds = min(len(by_seed) for lr, by_seed in self.results.items() if lr in TUNED or not tuned)
-        self.training: dict[float, float] = {
-            lr: statistics.median(math.inf if row["loss"] is None else row["loss"] for row in of_lr)
-            for lr, of_lr in _by_start(rows).items()
-        }
         self.extra = statistics.median(row["scheduling"] / (row["seconds"] - row["scheduling"]) for row in rows)
 
     def best(self, without: int | None = None) -> tuple[float, float]:
@@ -85,9 +84,9 @@ class Outcome:
         }
 
 
-def _by_start(rows: Sequence[Row]) -> dict[float, list[Row]]:
+def _by_start(rows: Sequence[Row]) -> list[tuple[float, list[Row]]]:
     ordered = sorted(rows, key=itemgetter("lr"))
-    return {lr: list(of_lr) for lr, of_lr in itertools.groupby(ordered, itemgetter("lr"))}
+    return [(lr, list(of_lr)) for lr, of_lr in itertools.groupby(ordered, itemgetter("lr"))]
 
 
 Gains = Mapping[float, Mapping[int, float]]
@@ -117,13 +116,18 @@ def medians(by_start: Mapping[float, Mapping[int, float]]) -> dict[float, float]
     return {lr: statistics.median(by_seed.values()) for lr, by_seed in by_start.items()}
 
 
+def of_seeds(gains: Gains) -> list[float]:
+    """Return the median over the starts, of each seed that all of them have."""
+    seeds = set.intersection(*(set(by_seed) for by_seed in gains.values()))
+    return [statistics.median(by_seed[seed] for by_seed in gains.values()) for seed in seeds]
+
+
 def error(gains: Gains) -> float | None:
     """Return the standard error, over the seeds, of the median over the starts; none of less than three seeds."""
-    seeds = set.intersection(*(set(by_seed) for by_seed in gains.values()))
-    of_seeds = [statistics.median(by_seed[seed] for by_seed in gains.values()) for seed in seeds]
-    if len(of_seeds) < 3 or not all(map(math.isfinite, of_seeds)):
+    middles = of_seeds(gains)
+    if len(middles) < 3 or not all(map(math.isfinite, middles)):
         return None
-    return statistics.stdev(of_seeds) / math.sqrt(len(of_seeds))
+    return statistics.stdev(middles) / math.sqrt(len(middles))
 
 
 def table(found: Found, optimizer: str, methods: Sequence[str]) -> list[str]:
@@ -166,45 +170,50 @@ def _head(tuned: Outcome) -> str:
     return f"{tuned.task}: {result:.4g} at {lr:g}{', the end of the grid' if lr in (TUNED[0], TUNED[-1]) else ''}"
 
 
+def by_optimizer(cell: Callable[[str, str], str]) -> list[str]:
+    """Return a table with a line an optimizer and a column a task.
+
+    Args:
+        cell: from task and optimizer to what stands there.
+    """
+    lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
+    lines += [
+        f"| {optimizer} | {' | '.join(cell(task, optimizer) for task in TASKS)} |" for optimizer in OPTIMIZERS
+    ]
+    return lines
+
+
 def held_out_table(found: Found) -> list[str]:
-    """Return the table of what AutoLR reaches against rates that were chosen by other seeds: a line an optimizer.
+    """Return the table of what AutoLR reaches against rates that were chosen by other seeds.
 
     A cell is the mean over the seeds of the median over the starts, and its standard error; bold where it is more
     than two errors below nothing.
     """
-    lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
-    for optimizer in OPTIMIZERS:
-        cells = []
-        for task in TASKS:
-            auto, cosine = found.get((task, optimizer, "AutoLR")), found.get((task, optimizer, "cosine"))
-            if auto is None or cosine is None or min(auto.seeds, cosine.seeds) < 3:
-                cells.append("")
-                continue
-            gains = auto.gains(cosine, held_out=True)
-            seeds = set.intersection(*(set(by_seed) for by_seed in gains.values()))
-            mean = statistics.mean(statistics.median(by[seed] for by in gains.values()) for seed in seeds)
-            noise = error(gains)
-            mark = "**" if mean < -2 * (noise or 0.0) else ""
-            cells.append(f"{mark}{mean:+.1f}{'' if noise is None else f' ± {noise:.1f}'}{mark}")
-        lines.append(f"| {optimizer} | {' | '.join(cells)} |")
-    return lines
+
+    def cell(task: str, optimizer: str) -> str:
+        auto, cosine = found.get((task, optimizer, "AutoLR")), found.get((task, optimizer, "cosine"))
+        if auto is None or cosine is None or min(auto.seeds, cosine.seeds) < 3:
+            return ""
+        gains = auto.gains(cosine, held_out=True)
+        mean, noise = statistics.mean(of_seeds(gains)), error(gains)
+        mark = "**" if mean < -2 * (noise or 0.0) else ""
+        return f"{mark}{mean:+.1f}{'' if noise is None else f' ± {noise:.1f}'}{mark}"
+
+    return by_optimizer(cell)
 
 
 def training_table(found: Found) -> list[str]:
     """Return the table of training losses: AutoLR's, the lowest of the cosine's grid, that of its best result."""
-    lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
-    for optimizer in OPTIMIZERS:
-        cells = []
-        for task in TASKS:
-            auto, cosine = found.get((task, optimizer, "AutoLR")), found.get((task, optimizer, "cosine"))
-            if auto is None or cosine is None:
-                cells.append("")
-                continue
-            lowest = min(loss for lr, loss in cosine.training.items() if lr in TUNED)
-            chosen = cosine.training[cosine.best()[0]]
-            cells.append(f"{statistics.median(auto.training.values()):.3g}, {lowest:.3g}, {chosen:.3g}")
-        lines.append(f"| {optimizer} | {' | '.join(cells)} |")
-    return lines
+
+    def cell(task: str, optimizer: str) -> str:
+        auto, cosine = found.get((task, optimizer, "AutoLR")), found.get((task, optimizer, "cosine"))
+        if auto is None or cosine is None:
+            return ""
+        lowest = min(loss for lr, loss in cosine.training.items() if lr in TUNED)
+        chosen = cosine.training[cosine.best()[0]]
+        return f"{statistics.median(auto.training.values()):.3g}, {lowest:.3g}, {chosen:.3g}"
+
+    return by_optimizer(cell)
 
 
 def settings_table(rows: Sequence[Row]) -> list[str]:
@@ -232,12 +241,13 @@ def settings_table(rows: Sequence[Row]) -> list[str]:
 
 
 def extra_table(found: Found) -> list[str]:
-    """Return the table of the time that AutoLR adds to a training: a line an optimizer, a column a task."""
-    lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
-    for optimizer in OPTIMIZERS:
-        cells = (found.get((task, optimizer, "AutoLR")) for task in TASKS)
-        lines.append(f"| {optimizer} | {' | '.join(f'{cell.extra:.0%}' if cell else '' for cell in cells)} |")
-    return lines
+    """Return the table of the time that AutoLR adds to a training."""
+
+    def cell(task: str, optimizer: str) -> str:
+        auto = found.get((task, optimizer, "AutoLR"))
+        return f"{auto.extra:.0%}" if auto else ""
+
+    return by_optimizer(cell)
 
 
 def figure(found: Found, methods: Sequence[str]) -> Figure:

@@ -195,7 +195,7 @@ TASKS: Mapping[str, Task] = {
         lambda: ResNet18(10, 8),
         128,
         390,
-        "images",
+        place="images",
     ),
     "transformer": Task(
         "text, transformer",
