@@ -85,7 +85,9 @@ void check_device(const Tensor& tensor, const Tensor& model) {
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  // The macro that checks this has another name in each version of torch.
+  const auto error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "autolr_fast: the current stream could not be read");
   return static_cast<cudaStream_t>(stream);
 }
 
