@@ -95,14 +95,14 @@ class StateLine:
         """Write ``now + (f - 1) * step``; see :class:`~autolr_fast.candidates.Line`."""
         for index, (value, out) in enumerate(zip(now, rows, strict=True)):
             step, scale = self._step(index, value)
-            rate = torch.tensor([scale], dtype=torch.float64)
-            ops.stack_gradient_candidates([value], [step], rate, [1 - factor for factor in factors], [out])
+            ops.stack_gradient_candidates(
+                [value], [step], _rate(scale, value), [1 - factor for factor in factors], [out]
+            )
 
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
         """Write one parameter of one candidate; see :class:`~autolr_fast.candidates.Line`."""
         step, scale = self._step(index, now)
-        rate = torch.tensor([scale], dtype=torch.float64, device=now.device)
-        ops.write_gradient_candidate(now, step, rate, 1 - factor, out)
+        ops.write_gradient_candidate(now, step, _rate(scale, now), 1 - factor, out)
 
     def coefficients(self, factors: Sequence[float]) -> list[float]:
         """Return ``f - 1`` for each; see :class:`~autolr_fast.candidates.Line`."""
@@ -162,6 +162,11 @@ class StateLine:
         if isinstance(self._optimizer, SGD):
             return _sgd(group, lrs, now, tensors)
         return _adam(group, lrs[-1], now, tensors)
+
+
+def _rate(scale: float, like: Tensor) -> Tensor:
+    """Return a number as [1] float64 where a tensor is: filled there, where a copy would wait for a GPU."""
+    return torch.full((1,), scale, dtype=torch.float64, device=like.device)
 
 
 def _sgd(

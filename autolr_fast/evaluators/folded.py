@@ -38,7 +38,9 @@ class Folded(Batched):
     def _operands(self, line: Line, factors: Sequence[float]) -> list[Tensor]:
         double = any(parameter.dtype == torch.float64 for parameter in line.parameters)
         dtype = torch.float64 if double else torch.float32
-        return [torch.tensor(line.coefficients(factors), dtype=dtype, device=line.parameters[0].device)]
+        # A copy that nobody waits for; also where tensors are made on a GPU by default.
+        coefficients = torch.tensor(line.coefficients(factors), dtype=dtype, device="cpu")
+        return [coefficients.to(line.parameters[0].device, non_blocking=True)]
 
     def _substitution(
         self, line: Line, operands: Sequence[Tensor], buffers: Sequence[Tensor], rows: Sequence[Tensor]
