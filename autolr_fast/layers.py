@@ -1,4 +1,4 @@
-"""Layers of stacked models whose rule in ``torch.vmap`` does more than it has to.
+"""Layers of stacked models whose rule in ``torch.vmap`` does more than it has to, or fails on a GPU.
 
 ``torch.library`` operators ``autolr_fast::stacked_*``: the layer itself, and a rule for many models. Inside
 :class:`FusedLayers` torch functions call them.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FusedLayers", "batch_norm", "linear"]
+__all__ = ["FusedLayers", "attention", "batch_norm", "dropout_mask", "linear"]
 
 torch.library.define("autolr_fast::stacked_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
@@ -23,15 +23,47 @@ torch.library.define(
     "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, bool training, "
     "float momentum, float eps) -> Tensor",
 )
+torch.library.define("autolr_fast::stacked_dropout_mask", "(Tensor like, float p) -> Tensor")
+torch.library.define(
+    "autolr_fast::stacked_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, float? scale, "
+    "bool enable_gqa) -> Tensor",
+)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 torch.library.impl("autolr_fast::stacked_linear", "CompositeImplicitAutograd", F.linear)
 torch.library.impl("autolr_fast::stacked_batch_norm", "CompositeImplicitAutograd", F.batch_norm)
+# Inside of vmap, also in a rule, torch's random operations go by rules of their own; a kernel runs outside.
+torch.library.impl(
+    "autolr_fast::stacked_dropout_mask",
+    "CompositeExplicitAutograd",
+    lambda like, p: F.dropout(torch.ones_like(like), p),
+)
+torch.library.impl("autolr_fast::stacked_attention", "CompositeExplicitAutograd", _attention)
 
 linear = torch.ops.autolr_fast.stacked_linear.default
 """``F.linear`` of x [*, in], weight [out, in] and bias [out]."""
 batch_norm = torch.ops.autolr_fast.stacked_batch_norm.default
 """``F.batch_norm`` of x [B, C, *] with statistics, weight and bias [C]."""
+dropout_mask = torch.ops.autolr_fast.stacked_dropout_mask.default
+"""What ``F.dropout`` in train mode multiplies a tensor [*] by; takes it without its gradient."""
+attention = torch.ops.autolr_fast.stacked_attention.default
+"""``F.scaled_dot_product_attention`` of query, key and value [*, T, E], without gradients."""
 
 
 @torch.library.register_vmap("autolr_fast::stacked_linear")  # type: ignore[untyped-decorator]
@@ -74,6 +106,54 @@ def _flat(value: Tensor | None, dim: int | None, models: int) -> Tensor | None:
     return None if value is None else _in_front(value, dim).expand(models, -1).reshape(-1)
 
 
+@torch.library.register_vmap("autolr_fast::stacked_dropout_mask")  # type: ignore[untyped-decorator]
+def _batched_dropout_mask(
+    info: Any, in_dims: Sequence[int | None], like: Tensor, p: float
+) -> tuple[Tensor, int | None]:
+    """One for all models, drawn as a model alone draws it: on a GPU, torch's rule for dropout draws another."""
+    return dropout_mask(_in_front(like, in_dims[0])[0], p), None
+
+
+@torch.library.register_vmap("autolr_fast::stacked_attention")  # type: ignore[untyped-decorator]
+def _batched_attention(
+    info: Any,
+    in_dims: Sequence[int | None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    *rest: Any,
+) -> tuple[Tensor, int]:
+    """One batch, N times as large: on a GPU, torch's rule gives its kernels shapes that they do not take.
+
+    With dropout one model after another, each with the same random numbers: the kernels draw by position.
+    """
+    models = info.batch_size
+    fronts = [_in_front(x, dim) for x, dim in zip((query, key, value), in_dims[:3], strict=True)]
+    inputs = [x.expand(models, *x.shape[1:]) for x in fronts]  # [N, B, *, T, E], or [N, T, E]
+    mask = None if attn_mask is None else _in_front(attn_mask, in_dims[3])  # [N or 1, *]
+    if dropout_p:
+        masks = [None] * models if mask is None else mask.expand(models, *mask.shape[1:]).unbind(0)
+        devices = [query.device] if query.is_cuda else []
+        outs = []
+        for index, each in enumerate(zip(*inputs, masks, strict=True)):
+            with torch.random.fork_rng(devices, enabled=index < models - 1):
+                outs.append(attention(*each, dropout_p, *rest))
+        return torch.stack(outs), 0
+    if mask is not None:
+        missing = inputs[0].dim() - mask.dim()
+        mask = mask.reshape(len(mask), *[1] * missing, *mask.shape[1:])  # [N or 1, B or 1, *, T, S]
+    if inputs[0].dim() == 3:
+        return attention(*inputs, mask, dropout_p, *rest), 0
+    if mask is not None:
+        batch = inputs[0].shape[1]
+        same = mask.shape[:2] == (1, 1)
+        mask = mask[0] if same else mask.expand(models, batch, *mask.shape[2:]).flatten(0, 1)
+    out: Tensor = attention(*(x.flatten(0, 1) for x in inputs), mask, dropout_p, *rest)
+    return out.view(models, -1, *out.shape[1:]), 0
+
+
 class FusedLayers(TorchFunctionMode):
     """Inside it, layers that have a rule here go by it. Outside of ``vmap`` they are what they were."""
 
@@ -86,13 +166,15 @@ class FusedLayers(TorchFunctionMode):
     ) -> Any:
         rule = _RULES.get(func)
         # Autocast chooses dtypes by function, and knows its own.
-        if rule is None or any(isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) for x in args):
-            rule = func
-        return rule(*args, **(kwargs or {}))
+        if rule is not None and func not in _UNDER_AUTOCAST:
+            autocast = any(isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) for x in args)
+            rule = None if autocast else rule
+        return (rule or func)(*args, **(kwargs or {}))
 
 
 def _call_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return linear(input, weight, bias)
+    rule = linear if torch.is_grad_enabled() else F.linear  # without gradients it gains nothing
+    return rule(input, weight, bias)
 
 
 def _call_batch_norm(
@@ -108,4 +190,39 @@ def _call_batch_norm(
     return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-_RULES: dict[Callable[..., Any], Callable[..., Any]] = {F.linear: _call_linear, F.batch_norm: _call_batch_norm}
+def _call_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if not training or not 0 < p < 1:
+        return F.dropout(input, p, training, inplace)
+    mask = dropout_mask(input.detach(), p)
+    return input.mul_(mask) if inplace else input * mask
+
+
+def _call_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    inputs: list[Tensor | None] = [query, key, value, attn_mask]
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        wide = (torch.bool, torch.float64)
+        inputs = [x if x is None or x.dtype in wide else x.to(dtype) for x in inputs]
+    return attention(*inputs, dropout_p, is_causal, scale, enable_gqa)
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: _call_linear,
+    F.batch_norm: _call_batch_norm,
+    F.dropout: _call_dropout,
+    F.scaled_dot_product_attention: _call_attention,
+}
+_UNDER_AUTOCAST = (F.dropout, F.scaled_dot_product_attention)

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autolr_fast.layers import FusedLayers, batch_norm, linear
+from autolr_fast.layers import FusedLayers, attention, batch_norm, dropout_mask, linear
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -91,11 +91,89 @@ def test_gradients_of_weights_lie_as_the_weights_do():
     assert gradient.is_contiguous()
 
 
+def one_by_one(function, *inputs):
+    """The results for each of three models and their gradients, each from the same random numbers."""
+    results = []
+    for k in range(3):
+        with torch.random.fork_rng():
+            results.append(function(*(x[k] if x.dim() and len(x) == 3 else x for x in inputs)))
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("lies", ["contiguous", "channels-last", "transposed"])
+def test_dropout_of_three_models_has_the_mask_of_each(lies, inplace):
+    x = torch.randn(3, 4, 2, 5, 6, requires_grad=True)
+    if lies != "contiguous":
+        x = x.movedim(2, 4) if lies == "channels-last" else x.transpose(1, 3)
+    results = [one_by_one(lambda x: F.dropout(x, 0.4), x)]
+    with FusedLayers():
+        results.append(torch.vmap(lambda x: F.dropout(x * 1, 0.4, inplace=inplace), randomness="same")(x))
+    gradients = [torch.autograd.grad(y.sin().sum(), x)[0] for y in results]
+    assert torch.equal(*results)
+    assert torch.equal(*gradients)
+    assert 0.3 < (results[0] == 0).double().mean() < 0.5
+
+
+def test_dropout_of_what_three_models_share():
+    x, w = torch.randn(5, 6), torch.randn(3, 6)
+    with torch.random.fork_rng():
+        expected = F.dropout(x, 0.4)
+    with FusedLayers():
+        out = torch.vmap(lambda w: F.dropout(x, 0.4) * w, randomness="same")(w)
+    torch.testing.assert_close(out, expected * w.unsqueeze(1))
+
+
+def test_no_dropout_in_eval_mode():
+    x = torch.randn(3, 4)
+    with FusedLayers():
+        assert torch.equal(torch.vmap(lambda x: F.dropout(x, 0.4, training=False), randomness="same")(x), x)
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 4)], ids=str)
+@pytest.mark.parametrize("mask", [None, (5, 7), "all", "rows"], ids=str)
+@pytest.mark.parametrize("batched", ["qkv", "q", "kv", "qkvm", "m"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_attention_of_three_models(lead, mask, batched, p):
+    shapes = {"q": (*lead, 5, 6), "k": (*lead, 7, 6), "v": (*lead, 7, 6)}
+    if mask is not None:
+        of_row = (*lead[:1], *[1] * len(lead[1:]))
+        shapes["m"] = {"all": (*lead, 5, 7), "rows": (*of_row, 5, 7)}.get(mask, mask)
+    if not set(batched) <= set(shapes):
+        pytest.skip("there is no mask")
+    values = [torch.randn(*[3] * (name in batched), *of, dtype=torch.float64) for name, of in shapes.items()]
+    dims = tuple(0 if name in batched else None for name in shapes)
+    with FusedLayers(), torch.random.fork_rng(), torch.no_grad():
+        together = torch.vmap(
+            lambda q, k, v, m=None: F.scaled_dot_product_attention(q, k, v, m, p, scale=0.7),
+            in_dims=dims,
+            randomness="same",
+        )(*values)
+    alone = []
+    for index in range(3):
+        q, k, v, *m = (value if dim is None else value[index] for value, dim in zip(values, dims, strict=True))
+        with torch.random.fork_rng():
+            alone.append(F.scaled_dot_product_attention(q, k, v, *m or [None], p, scale=0.7))
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
+def test_causal_attention_with_fewer_keys_than_queries_of_three_models():
+    q, k, v = torch.randn(3, 2, 4, 5, 6), torch.randn(3, 2, 2, 5, 6), torch.randn(3, 2, 2, 5, 6)
+    call = lambda *args: F.scaled_dot_product_attention(*args, is_causal=True, enable_gqa=True)  # noqa: E731
+    with FusedLayers(), torch.no_grad():
+        torch.testing.assert_close(torch.vmap(call)(q, k, v), one_by_one(call, q, k, v))
+
+
 def test_autocast_keeps_its_own():
     x, w = torch.randn(3, 6, 4), torch.randn(3, 5, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16), FusedLayers():
-        y = torch.vmap(lambda *args: F.linear(*args))(x, w)
-    assert y.dtype == torch.bfloat16
+    q, k, v = torch.randn(3, 3, 2, 5, 6)
+    call = lambda *args: F.scaled_dot_product_attention(*args)  # noqa: E731
+    with torch.autocast(x.device.type, dtype=torch.bfloat16), torch.no_grad():
+        with FusedLayers():
+            y = torch.vmap(lambda *args: F.linear(*args))(x, w)
+            z = torch.vmap(call)(q, k, v)
+        assert y.dtype == z.dtype == torch.bfloat16
+        torch.testing.assert_close(z, one_by_one(call, q, k, v))
 
 
 def test_outside_of_vmap_it_is_the_layer():
@@ -107,6 +185,8 @@ def test_outside_of_vmap_it_is_the_layer():
     for operator, arguments in (
         (batch_norm, (torch.randn(6, 4), torch.zeros(4), torch.ones(4), None, None, True, 0.1, 1e-5)),
         (linear, (torch.randn(6, 4), torch.randn(3, 4), None)),
+        (dropout_mask, (torch.randn(6, 4), 0.5)),
+        (attention, (*torch.randn(3, 2, 6, 4), None, 0.0, True, None, False)),
     ):
         checked = torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
         assert set(checked.values()) == {"SUCCESS"}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..candidates import Line
 from ..isolation import Closure, Isolation, scalar_loss
+from ..layers import FusedLayers
 from ..memory import is_out_of_memory
 from .base import Evaluator, EvaluatorError
 from .nearby import Nearby
@@ -135,7 +136,7 @@ class Batched(Evaluator):
         own = [buffer.expand(len(factors), *buffer.shape).clone() for buffer in buffers]
 
         def loss_of(operands: list[Tensor], own: list[Tensor]) -> Tensor:
-            with self._substitution(line, operands, buffers, own) as mode:
+            with FusedLayers(), self._substitution(line, operands, buffers, own) as mode:
                 loss = scalar_loss(closure)
             used.update(index for index in mode.used if index < len(line.parameters))
             return loss
