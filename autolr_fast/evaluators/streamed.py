@@ -24,7 +24,8 @@ class Streamed(Evaluator):
     """Runs the closure once a candidate, and makes each parameter of it at every use, in scratch memory.
 
     The losses are bit for bit those of :class:`InPlace`, but for layers with a fused path that torch takes outside
-    of torch-function modes alone (attention in eval mode: to rounding). The live parameters are not written to.
+    of torch-function modes alone (attention in eval mode, and on a GPU: to rounding). The live parameters are not
+    written to.
     Extra memory: the largest operands of one operation. Time: N forwards. The first time a model is seen, or other
     parameters of it, four more forwards, one of them in place, check that it uses its parameters only through torch
     functions, and in none that changes them.
@@ -124,7 +125,7 @@ def check_reach(evaluator: str, model: nn.Module, line: Line, closure: Closure) 
             f"with its parameters replaced where they are used, a test loss is {streamed} and should be "
             f"{expected.item()}; it uses or changes them where no torch function is given them",
         )
-    if streamed == live:
+    if streamed == live and stream(model, nearby, [4.0], closure)[0].item() == live:  # a loss may be coarse
         raise EvaluatorError(evaluator, model, "its loss does not show whether parameters can be replaced")
     return changing
 

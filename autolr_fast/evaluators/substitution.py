@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +53,18 @@ class Substitution(TorchFunctionMode):
         self._tensors = tensors  # alive, so that their ids stay theirs
         self._index = {id(tensor): index for index, tensor in enumerate(tensors)}
         self.used: set[int] = set()
+        self._quiet = ExitStack()
+
+    def __enter__(self) -> Substitution:
+        self._quiet.enter_context(warnings.catch_warnings())
+        # On a GPU, of weights that do not lie in one memory: stand-ins do not.
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
+        self._quiet.close()
 
     @abstractmethod
     def stand_in(self, index: int) -> Tensor:

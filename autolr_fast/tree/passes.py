@@ -141,7 +141,7 @@ class SequentialPass(Pass):
     """One model at a time, in a copy of the module that holds its values: right for any module."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, parameters: Sequence[str], buffers: Sequence[str]):
-        super().__init__(copy.deepcopy(model), loss_fn, parameters, buffers)
+        super().__init__(_copy_of(model), loss_fn, parameters, buffers)
         self._live = [self.model.get_parameter(name) for name in parameters]
 
     def __call__(self, rows: Rows, x: Any, y: Any) -> Results:
@@ -179,7 +179,7 @@ def changing_buffers(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) ->
         TypeError: if the loss is not a scalar tensor.
         ValueError: if it does not depend on parameters that require a gradient.
     """
-    trial, random = copy.deepcopy(model), RandomStreams()
+    trial, random = _copy_of(model), RandomStreams()
     before = {name: buffer.detach().clone() for name, buffer in trial.named_buffers()}
     args, kwargs = _arguments(x)
     with torch.enable_grad(), run_eagerly():
@@ -198,6 +198,14 @@ def changing_buffers(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) ->
         for name, _ in module.named_buffers(prefix, recurse=False)
     }
     return [name for name, value in before.items() if name in statistics or not torch.equal(value, after[name])]
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # on a GPU, a copy's do not lie in one memory any more
+    return copied
 
 
 def difference(sequential: SequentialPass, batched: BatchedPass, rows: Rows, x: Any, y: Any) -> str | None:
