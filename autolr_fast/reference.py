@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .isolation import RandomStreams
+
 __all__ = ["Beam", "candidate_losses", "next_lr", "propose_lr", "tree_search"]
 
 Loss = Callable[[nn.Module], Tensor]
@@ -122,11 +124,11 @@ def tree_search(
     history = []
     for _ in range(epochs):
         batches = list(loader)
-        random_state = torch.get_rng_state()
+        random = RandomStreams()
         branches, seen = [], []
         for parent, beam in enumerate(survivors):
             for factor in factors:
-                torch.set_rng_state(random_state)  # all see the same dropout masks
+                random.restore()  # all see the same dropout masks
                 branch, loss = _train_epoch(beam, beam.lr * factor, loss_fn, batches, optimizer)
                 branches.append(branch)
                 seen.append((parent, branch.lr, loss))
