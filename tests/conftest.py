@@ -1,3 +1,5 @@
+import contextlib
+
 import hypothesis
 import pytest
 import torch
@@ -8,6 +10,26 @@ from .tape import TapeRecorder
 
 hypothesis.settings.register_profile("plain", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("plain")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="cpu", help="where the tests' tensors are, if they do not say: cpu or cuda"
+    )
+
+
+def pytest_configure(config):
+    """On a GPU, convolutions add up in one order and in full precision: much is compared bitwise."""
+    config.addinivalue_line("markers", "cpu: is about the CPU, or something that torch has there alone")
+    torch.set_default_device(config.getoption("--device"))
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(request):
+    with torch.device("cpu") if request.node.get_closest_marker("cpu") else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -61,6 +61,7 @@ def test_training_ends_where_in_place_ends():
     assert_same(*ends)
 
 
+@pytest.mark.cpu  # what the simulation says
 @pytest.mark.parametrize(
     ("closure_of", "says"),
     [
@@ -81,6 +82,7 @@ def test_what_cannot_be_captured_is_refused(closure_of, says):
     assert_same(before, everything(model, optimizer))
 
 
+@pytest.mark.cpu
 def test_needs_a_gpu(monkeypatch):
     monkeypatch.undo()  # no simulation
     model, loss_of = problem("mlp")

@@ -54,7 +54,7 @@ def test_a_loss_that_is_not_finite_holds_the_level_until_it_is_forgotten(bad):
 
 
 def test_a_guard_goes_on_from_its_state():
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator(torch.get_default_device()).manual_seed(0)
     losses = torch.rand(40, generator=random, dtype=torch.float64)
     factors = torch.where(torch.rand(40, generator=random) < 0.6, 2.0, 0.5)
     for cut in (0, 2, 11):

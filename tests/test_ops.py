@@ -16,6 +16,7 @@ from autolr_fast.scoring import NORMALIZATIONS, SCORES, weigh
 from .helpers import between, mlp, problem, sgd, train_step
 
 stack = ops.stack_candidates
+pytestmark = pytest.mark.cpu
 BACKENDS = [backend for backend, reason in ops.explain("cpu") if not reason]
 # dtype, atol, rtol of the exact result in float64
 DTYPES = [

@@ -292,6 +292,7 @@ def test_more_than_two_to_the_31_elements():
 
 
 @on_gpu
+@pytest.mark.filterwarnings("ignore")  # the profiler's
 def test_one_launch_for_a_model_and_nothing_allocated():
     prev, now, out = (tensors(SIZES["model"], torch.float32, 0, rows) for rows in (None, None, 3))
     operator = overload("stack_candidates", BACKEND)

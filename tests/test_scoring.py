@@ -169,4 +169,4 @@ def test_a_score_is_tried_on_what_it_will_see():
 def test_a_negative_score_counts_as_none():
     weights, factor = weigh(torch.tensor([1.0, 2.0, 4.0]), FACTORS_3, NORMALIZATIONS["none"], lambda x: 2 - x)
     assert weights.tolist() == [1, 0, 0]
-    assert factor == pytest.approx(2)
+    assert factor.item() == pytest.approx(2)

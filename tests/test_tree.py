@@ -81,9 +81,10 @@ OPTIMIZERS = {
 def problem(name):
     make, data, _ = MODELS[name]
     torch.manual_seed(1)
-    model, x = make(), DATA[data]()
-    y = torch.randint(3, (EXAMPLES,))
-    return model, list(zip(x.split(8), y.split(8), strict=True))
+    with torch.device("cpu"):  # the same numbers on every device
+        model, x, y = make(), DATA[data](), torch.randint(3, (EXAMPLES,))
+    device = torch.get_default_device()
+    return model.to(device), list(zip(x.to(device).split(8), y.to(device).split(8), strict=True))
 
 
 def history_of(tree):
@@ -109,7 +110,9 @@ def assert_equals_reference(tree, model, expected, rtol=1e-4, atol=1e-5):
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_equals_one_training_after_another(name, method):
     model, batches = problem(name)
-    if method == "batched" and not MODELS[name][2]:
+    # On a GPU, torch's kernels for the gradients of attention refuse what vmap gives them.
+    attends = name == "transformer" and torch.get_default_device().type == "cuda"
+    if method == "batched" and (attends or not MODELS[name][2]):
         with pytest.raises(RuntimeError, match=f"method='batched' cannot serve {type(model).__name__}"):
             ALRTree(model, F.cross_entropy, 0.05, method=method).fit(batches, 1)
         return
@@ -251,6 +254,7 @@ def stored(state):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.cpu  # whose generator shuffles
 @pytest.mark.parametrize("own_generator", [False, True])
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
 @pytest.mark.parametrize("batches", [0, 1, 3, 4, 5])
@@ -294,6 +298,7 @@ def test_resumes_bit_for_bit(batches, optimizer, own_generator):
         assert torch.equal(a, b)
 
 
+@pytest.mark.cpu  # whose generator shuffles
 def test_goes_on_with_an_epoch_that_was_interrupted():
     tree, data = make_tree("momentum"), loader()
     torch.manual_seed(7)
@@ -629,7 +634,7 @@ def test_an_attribute_may_be_changed_between_epochs(method):
 def test_a_buffer_that_changes_later_is_an_error():
     model, (_, batches) = Remembers("late"), problem("mlp")
     with pytest.raises(RuntimeError, match="buffer 'mean' changes at this batch and did not at the first"):
-        ALRTree(model, F.cross_entropy, 0.1).fit_epoch(batches)
+        ALRTree(model, F.cross_entropy, 0.1, method="sequential").fit_epoch(batches)
 
 
 @pytest.mark.parametrize("call", [5, 6, 7, 8])
@@ -659,6 +664,7 @@ def test_goes_on_with_a_batch_that_was_interrupted_half_way(call):
     assert_equals_reference(resumed, other, expected)
 
 
+@pytest.mark.cpu  # whose generator shuffles
 @pytest.mark.parametrize("method", ["batched", "sequential"])
 def test_loads_in_eval_mode(method):
     ends = []
@@ -745,4 +751,5 @@ def test_bad_state():
         tree.load_state_dict(None)
     with pytest.raises(ValueError, match="should not differ in"):
         tree.load_state_dict({"a": 1})
-    assert str(tree.state_dict()) == str(before)
+    del before["random"]  # of all that draw
+    assert str({name: value for name, value in tree.state_dict().items() if name != "random"}) == str(before)

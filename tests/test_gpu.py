@@ -1,0 +1,224 @@
+"""What only a GPU shows; the other modules run on one too: ``python -m pytest --device cuda tests``."""
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autolr_fast import EVALUATORS, FACTORS_5, FACTORS_7, AutoLR, InPlace, Stacked, ops
+from autolr_fast.candidates import StepLine
+
+from .helpers import assert_same, everything, mlp, train_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+DEVICE = "cuda"
+
+
+def classifier(*sizes, batch=64):
+    """A perceptron, a batch, and their loss."""
+    torch.manual_seed(0)
+    layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+    model = nn.Sequential(*layers[:-1]).to(DEVICE)
+    x, y = torch.randn(batch, sizes[0], device=DEVICE), torch.randint(sizes[-1], (batch,), device=DEVICE)
+    return model, lambda model: F.cross_entropy(model(x), y)
+
+
+def stepped(model, loss_of):
+    """The line over one real step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    prev = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    train_step(model, optimizer, loss_of)
+    return optimizer, StepLine(prev, {p: name for name, p in model.named_parameters()}, window=1)
+
+
+def train(model, loss_of, optimizer, steps, **options):
+    scheduler = AutoLR(optimizer, model, total_steps=steps, **options)
+    for _ in range(steps):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+    return scheduler
+
+
+OPTIMIZERS = {
+    "sgd": lambda p, lr: torch.optim.SGD(p, lr=lr),
+    "momentum": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9),
+    "adamw-capturable": lambda p, lr: torch.optim.AdamW(p, lr=lr, capturable=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("evaluator", ["inplace", "streamed", "folded", "stacked", "graphed"])
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_a_tensor_lr_never_waits_for_the_gpu(optimizer, evaluator):
+    model, loss_of = classifier(20, 32, 10)
+    optimizer = OPTIMIZERS[optimizer](model.parameters(), torch.tensor(1e-3, device=DEVICE))
+    scheduler = AutoLR(optimizer, model, total_steps=100, calibrate=3, every=5, evaluator=evaluator)
+    for step in range(1, 61):
+        train_step(model, optimizer, loss_of)  # torch's own may wait
+        torch.cuda.set_sync_debug_mode("default" if step < 20 else "error")
+        try:
+            scheduler.step(lambda: loss_of(model))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert scheduler.last_probe.step == 50
+    assert scheduler.last_probe.evaluator == evaluator
+    assert optimizer.param_groups[0]["lr"].is_cuda
+
+
+def test_a_float_lr_waits_once_a_probe():
+    model, loss_of = classifier(20, 32, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    scheduler = AutoLR(optimizer, model, total_steps=100, calibrate=3, every=5, evaluator="inplace")
+    waits = []
+    for _ in range(30):
+        train_step(model, optimizer, loss_of)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", message="called a synchronizing")
+            warnings.filterwarnings("ignore", message="Synchronization debug mode")
+            torch.cuda.set_sync_debug_mode("warn")
+            scheduler.step(lambda: loss_of(model))
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(len(caught))
+    assert waits[10:] == [int(step % 5 == 0) for step in range(11, 31)]
+
+
+@pytest.mark.parametrize("evaluator", [*EVALUATORS])
+def test_a_probe_changes_nothing(evaluator):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(8 * 36, 10)
+    ).to(DEVICE)
+    x, y = torch.randn(16, 3, 8, 8, device=DEVICE), torch.randint(10, (16,), device=DEVICE)
+    loss_of = lambda model: F.cross_entropy(model(x), y)  # noqa: E731
+    optimizer, line = stepped(model, loss_of)
+    before = everything(model, optimizer)
+    expected = []
+    for factor in FACTORS_5:
+        candidate = copy.deepcopy(model)
+        with torch.no_grad(), torch.random.fork_rng():
+            line.write([factor], list(model.parameters()), [p[None] for p in candidate.parameters()])
+            expected.append(loss_of(candidate))
+    losses = EVALUATORS[evaluator]().losses(model, line, FACTORS_5, lambda: loss_of(model))
+    torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-4, atol=1e-6)
+    assert losses.is_cuda
+    assert_same(before, everything(model, optimizer))
+
+
+def test_the_compiled_operators_serve():
+    reasons = dict(ops.explain(DEVICE))
+    assert ops.choose(DEVICE) == next(backend for backend in ("cuda", "triton", "torch") if not reasons[backend])
+    assert not reasons["triton"]
+
+
+def test_chunks_get_smaller_where_memory_runs_out():
+    model, loss_of = classifier(2048, *([2048] * 8), 10)  # 128 MiB
+    _, line = stepped(model, loss_of)
+    expected = InPlace().losses(model, line, FACTORS_7, lambda: loss_of(model))
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    allowed = torch.cuda.memory_reserved() + (600 << 20)  # seven candidates are 900 MiB
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        losses = Stacked().losses(model, line, FACTORS_7, lambda: loss_of(model))
+        assert torch.cuda.max_memory_allocated() <= allowed
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_and_a_scaler_that_skips(dtype):
+    model, plain = classifier(20, 64, 10)
+
+    def loss_of(model):
+        with torch.autocast(DEVICE, dtype=dtype):
+            return plain(model)
+
+    first = loss_of(model).item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**60, growth_interval=10_000)
+    scheduler = AutoLR(optimizer, model, total_steps=150)
+    probed_at = []
+    for _ in range(180):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step(lambda: loss_of(model))
+        probed_at.append(scheduler.last_probe.step if scheduler.last_probe else 0)
+        if scheduler.last_epoch == 150:
+            break
+    skipped = probed_at.count(0)
+    assert (skipped > 10) == (dtype == torch.float16)
+    assert probed_at[skipped] == 1
+    assert loss_of(model).item() < 0.1 * first
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor's
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("what", ["model", "loss"])
+def test_compiled_models_run_compiled(what, mode):
+    model, loss_of = classifier(20, 64, 10)
+    eager = copy.deepcopy(model)
+    _, line = stepped(model, loss_of)
+    _, eager_line = stepped(eager, loss_of)
+    expected = InPlace().losses(eager, eager_line, FACTORS_5, lambda: loss_of(eager))
+    if what == "model":
+        compiled = torch.compile(model, mode=mode)
+        closure = lambda: loss_of(compiled)  # noqa: E731
+    else:
+        compiled_loss = torch.compile(lambda: loss_of(model), mode=mode)
+        closure = lambda: compiled_loss()  # noqa: E731
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(4):  # graphs are captured at the second and third
+        losses = InPlace().losses(model, line, FACTORS_5, closure)
+        torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
+    assert_same(before, [p.detach().clone() for p in model.parameters()])
+
+
+def test_another_stream_gives_the_same_training():
+    levels = []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        model, loss_of = classifier(20, 64, 10)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
+            scheduler = train(model, loss_of, optimizer, 100, evaluator="inplace")
+            levels.append((scheduler.level, loss_of(model).item()))
+        torch.cuda.synchronize()
+    assert levels[0] == levels[1]
+
+
+@pytest.mark.parametrize("lr", [1e-5, 10.0])
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw"])
+def test_calibration_finds_the_rate_that_the_cpu_finds(kind, lr):
+    make = {**OPTIMIZERS, "adamw": lambda p, lr: torch.optim.AdamW(p, lr=lr)}[kind]
+    levels = []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        model = mlp().cpu()
+        x, y = torch.randn(64, 5, device="cpu").to(device), torch.randint(3, (64,), device="cpu").to(device)
+        model.to(device)
+        loss_of = lambda model, x=x, y=y: F.cross_entropy(model(x), y)  # noqa: E731
+        levels.append(train(model, loss_of, make(model.parameters(), lr), 20, evaluator="inplace").level[0])
+    assert levels[1] == pytest.approx(levels[0], rel=0.05)
+
+
+def test_large_parameters_are_told_by_the_optimizer_state():
+    model, loss_of = classifier(1024, *([2048] * 3), 10)  # 40 MiB
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    scheduler = AutoLR(optimizer, model, calibrate=3, every=5, evaluator="inplace")
+    sizes = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+        scheduler.step(lambda: loss_of(model))
+        sizes.append(torch.cuda.memory_allocated())
+    assert scheduler.last_probe.step == 20
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+    assert max(sizes[5:]) - min(sizes[5:]) < parameters / 2  # no snapshot between the steps
