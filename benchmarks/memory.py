@@ -1,15 +1,17 @@
 """How much memory a probe takes: ``python -m benchmarks.memory`` writes ``results/memory.md``.
 
-Every row is measured in a process of its own: on a GPU, where there is one, by torch's count of what is allocated,
-on a CPU by the resident memory of the process.
+On a GPU, where there is one, that is torch's count of what is allocated; on a CPU the resident memory of the
+process, and every row is measured in one of its own.
 """
 
 from __future__ import annotations
 
 import datetime
 import gc
+import importlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -27,7 +29,7 @@ from .baselines import BASELINES
 from .problems import SEED, Problem, make_problem
 from .report import write
 
-__all__ = ["Seen", "about", "in_fresh_process", "main", "measure", "watch"]
+__all__ = ["Seen", "about", "main", "measure", "measure_apart", "watch"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = ("wide mlp", "resnet18")
@@ -43,19 +45,23 @@ def main() -> None:
     rows = []
     for model in MODELS:
         for what in ("snapshot", *EVALUATORS, *BASELINES, *TRAININGS):
-            rows.append(in_fresh_process("benchmarks.memory", model, what))
+            rows.append(measure_apart("benchmarks.memory", model, what))
             print(*(f"{name}={value}" for name, value in rows[-1].items() if name not in about()))
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    write("memory", get_cpu_info(), date, rows)
+    write("memory", {"cpu": get_cpu_info(), "python_version": platform.python_version()}, date, rows)
 
 
-def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
-    """Return the row, as JSON, that a module prints when it is run with these arguments."""
+def measure_apart(module: str, *arguments: str | int) -> dict[str, Any]:
+    """Return the row of a module's ``measure``; on a CPU the module is run by itself, and prints it as JSON."""
+    row: dict[str, Any]
+    if DEVICE == "cuda":
+        row = importlib.import_module(module).measure(*arguments)
+        return row
     # Blocks must go back to the system when they are freed: the resident memory would not tell otherwise.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    row: dict[str, Any] = json.loads(done.stdout)
+    row = json.loads(done.stdout)
     return row
 
 

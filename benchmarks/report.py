@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from .tables import TABLES
 __all__ = ["RESULTS", "main", "write"]
 
 RESULTS = Path(__file__).parent / "results"
+"""What was measured on a CPU; ``gpu/`` in it has the same of a GPU."""
 
 
 def main(source: Path, name: str) -> None:
@@ -32,12 +32,12 @@ def main(source: Path, name: str) -> None:
     """
     measured = json.loads(source.read_text(encoding="utf-8"))
     rows = [_row(row["extra_info"], row["stats"]) for row in measured["benchmarks"]]
-    write(name, measured["machine_info"]["cpu"], measured["datetime"][:10], rows, measured.get("refused", ()))
+    write(name, measured["machine_info"], measured["datetime"][:10], rows, measured.get("refused", ()))
 
 
 def write(
     name: str,
-    cpu: Mapping[str, Any],
+    machine: Mapping[str, Any],
     date: str,
     rows: Sequence[dict[str, Any]],
     refused: Sequence[dict[str, Any]] = (),
@@ -46,27 +46,29 @@ def write(
 
     Args:
         name: in :data:`~benchmarks.tables.TABLES`.
-        cpu: as py-cpuinfo describes it.
+        machine: ``cpu``, as py-cpuinfo describes it, and ``python_version``.
         date: of the measurement.
         rows: what was measured; the first says with which device, torch and threads.
         refused: rows that have a ``reason`` instead.
     """
+    cpu = machine["cpu"]
     header = {
         "command": "make bench",
         "date": date,
         "machine": f"{cpu['brand_raw']}, {cpu['count']} cores, {rows[0]['threads']} threads",
         "device": rows[0]["device"],
         "versions": f"autolr_fast {autolr_fast.__version__}, torch {rows[0]['torch']}, "
-        f"Python {platform.python_version()}",
+        f"Python {machine['python_version']}",
         **{key: rows[0][key] for key in ("seed", "text", "memory") if key in rows[0]},
     }
     every = _by_model([*rows, *refused])
-    RESULTS.mkdir(exist_ok=True)
+    folder = RESULTS if header["device"] == "cpu" else RESULTS / "gpu"
+    folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps({**header, "rows": every}, indent=1)
-    (RESULTS / f"{name}.json").write_text(content + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(TABLES[name](header, every), encoding="utf-8")
+    (folder / f"{name}.json").write_text(content + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(TABLES[name](header, every), encoding="utf-8")
     if name in PICTURES:
-        PICTURES[name](header, every).savefig(RESULTS / f"{name}.png", dpi=150)
+        PICTURES[name](header, every).savefig(folder / f"{name}.png", dpi=150)
 
 
 def _row(info: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]:

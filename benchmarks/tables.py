@@ -195,7 +195,7 @@ def _with_gpu(lines: list[str], header: Mapping[str, Any]) -> str:
             "",
             "## GPU",
             "",
-            "Not measured: `make bench TORCH=torch` on a machine with a GPU fills this section.",
+            "`make bench TORCH=torch` on a machine with a GPU writes the same page of it to [gpu/](gpu).",
         ]
     return "\n".join(lines) + "\n"
 

@@ -23,7 +23,8 @@ from .problems import SEED, TEXT, Problem, make_problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FACTORS = {len(factors): factors for factors in (FACTORS_3, FACTORS_5, FACTORS_7)}
-ROUNDS = {"mlp": 100, "convnet": 50, "resnet18": 3, "transformer": 3}
+MODELS = ("mlp", "convnet", "resnet18", "transformer")
+ROUNDS = dict.fromkeys(MODELS, 15) if DEVICE == "cuda" else dict(zip(MODELS, (100, 50, 3, 3), strict=True))
 TOLERANCE = 1e-2 if DEVICE == "cuda" else 1e-3  # of losses: there, convolutions round to TF32
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # auto says what it cannot use
@@ -93,7 +94,7 @@ class Row(NamedTuple):
         return result
 
 
-@pytest.fixture(scope="module", params=list(ROUNDS))
+@pytest.fixture(scope="module", params=MODELS)
 def problem(request: pytest.FixtureRequest) -> Iterator[Problem]:
     """One model just after a step."""
     made = make_problem(request.param, DEVICE)

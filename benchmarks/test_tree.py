@@ -17,12 +17,13 @@ import torch
 
 from autolr_fast import ALRTree
 
-from .memory import in_fresh_process
+from .memory import measure_apart
 from .problems import SEED, Problem, make_problem
 from .tree_memory import FACTORS, SEQUENTIAL
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDS = {"mlp": 30, "convnet": 15, "transformer": 2}
+MODELS = ("mlp", "convnet", "transformer")
+ROUNDS = dict(zip(MODELS, (10, 10, 5) if DEVICE == "cuda" else (30, 15, 2), strict=True))
 SIZES = ((1, 3), (2, 3), (3, 5), (4, 7))
 METHODS = ("auto", "batched", "sequential")
 _LR = 1e-6  # every branch stays finite, however often it is stepped
@@ -30,7 +31,7 @@ _LR = 1e-6  # every branch stays finite, however often it is stepped
 pytestmark = pytest.mark.filterwarnings("ignore")  # auto says what it cannot use
 
 
-@pytest.fixture(scope="module", params=list(ROUNDS))
+@pytest.fixture(scope="module", params=MODELS)
 def problem(request: pytest.FixtureRequest) -> Iterator[Problem]:
     """A model and a batch."""
     made = make_problem(request.param, DEVICE)
@@ -92,7 +93,7 @@ def test_step(benchmark: Any, problem: Problem, method: str, size: tuple[int, in
 @functools.cache
 def memory_of(model: str, size: tuple[int, int], method: str) -> dict[str, Any]:
     """Return the memory that a search takes, measured once."""
-    return in_fresh_process("benchmarks.tree_memory", model, *map(str, size), method)
+    return measure_apart("benchmarks.tree_memory", model, *size, method)
 
 
 def wait() -> None:
