@@ -61,7 +61,7 @@ class AutoLR(LRScheduler):
         until: fraction of ``total_steps`` up to which there are probes, calibration apart; from then on the level
             stays, and only annealing goes on. Without ``total_steps`` it plays no part.
         window: optimizer steps that the line of candidates spans: one number, or several that take turns. ``None``
-            is 2 for SGD without momentum, and 1 and 2 in turn for any other optimizer.
+            is 2 for SGD without momentum, 1 and 2 in turn for SGD with it, and 1 and 3 for any other optimizer.
         direction: ``"step"`` for the line through what the optimizer did; ``"gradient"`` for
             ``now - f * lr * grad`` with a fresh gradient of the closure (``window`` then plays no part).
         calibrate: how many of the first optimizer steps are all probed. The first probe repeats the search

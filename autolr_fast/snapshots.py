@@ -21,14 +21,15 @@ __all__ = ["Cadence", "Snapshots", "windows_for"]
 
 
 def windows_for(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
-    """Return the windows that suit an optimizer: 2 for SGD without momentum, 1 and 2 in turn for all others.
+    """Return the windows that suit an optimizer: 2 for plain SGD, 1 and 2 in turn with momentum, 1 and 3 for others.
 
     Near the highest rate that it bears, plain SGD crosses its steepest valley at each step, and one step alone then
-    looks too long; over two the crossings cancel, and what is left is the progress. With other optimizers neither
-    line is best on all networks, so they take turns.
+    looks too long; over two the crossings cancel, and what is left is the progress. With other optimizers no line
+    alone is best on all networks, so they take turns; the longer the second, the lower they settle.
     """
-    plain = all("dampening" in group and group["momentum"] == 0 for group in optimizer.param_groups)
-    return (2,) if plain else (1, 2)
+    if not all("dampening" in group for group in optimizer.param_groups):  # not SGD
+        return (1, 3)
+    return (2,) if all(group["momentum"] == 0 for group in optimizer.param_groups) else (1, 2)
 
 
 @dataclass(frozen=True)

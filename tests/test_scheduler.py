@@ -901,12 +901,12 @@ def test_repr_and_preset():
     [
         (torch.optim.SGD, {}, [2, 2, 2, 2]),
         (partial(torch.optim.SGD, momentum=0.9), {}, [2, 1, 2, 1]),
-        (torch.optim.AdamW, {}, [2, 1, 2, 1]),
-        (torch.optim.RMSprop, {}, [2, 1, 2, 1]),
+        (torch.optim.AdamW, {}, [3, 1, 3, 1]),
+        (torch.optim.RMSprop, {}, [3, 1, 3, 1]),
         (torch.optim.SGD, {"window": 1}, [1, 1, 1, 1]),
     ],
 )
-def test_default_windows_follow_from_the_momentum(build, options, expected):
+def test_default_windows_follow_from_the_optimizer(build, options, expected):
     model, loss_of = problem("mlp")
     optimizer = build(model.parameters(), lr=0.01)
     scheduler = AutoLR(optimizer, model, every=3, calibrate=0, evaluator="inplace", **options)
@@ -919,7 +919,7 @@ def test_default_windows_follow_from_the_momentum(build, options, expected):
     assert windows == expected
 
 
-def test_one_group_with_momentum_is_enough_for_both_windows():
+def test_one_group_with_momentum_is_enough_for_its_windows():
     model = nn.Linear(2, 1)
     groups = [{"params": [model.weight], "momentum": 0.9}, {"params": [model.bias]}]
     assert "window=(1, 2)" in repr(AutoLR(torch.optim.SGD(groups, lr=0.1), model))

@@ -14,7 +14,8 @@ the largest curvature where there are many):
 4. SGD on a noisy quadratic, loss ``h (x - c)^2 / 2`` with a new c for each batch. The best scale of the line over
    the last w steps, judged on the last batch, is 1 where the rate is 1 / h, for every w: all settle at one place.
 5. With momentum 0.9 a longer line settles at a lower rate. That over two steps does so at (1 - momentum) / h, where
-   the steps are in the long run as long as SGD's at 1 / h; that over one step at three and a half times as much.
+   the steps are in the long run as long as SGD's at 1 / h; that over one step at three and a half times as much,
+   that over three at half as much. Adam's first moment is such a momentum, with 1 - momentum times the rate.
 6. AutoLR itself on such a quadratic of many curvatures (dashed), and on the same loss of ``x / |x|``, as of weights
    before a normalisation. There a step is orthogonal to x and makes it longer, and the longer x is, the less a
    rate moves it: the level follows the length that follows the level, up to ``max_lr``. A longer line is only
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _log(regression, "step", "learning rate x sharpness / 2", "regression, SGD", x="linear")
     rates = [0.02 * 1.35**i for i in range(15)]
     for axes, momentum in zip(settling, (0.0, 0.9), strict=True):
-        for window in (1, 2, 4):
+        for window in (1, 2, 3, 4):
             scales = [best_scale(rate, window, momentum) for rate in rates]
             axes.plot(rates, scales, color=_COLOURS[str(window)], label=f"over {window}")
         axes.axhline(1.0, color="0.5", linewidth=1)
