@@ -226,7 +226,7 @@ def check_repeatable(model: nn.Module, closure: Closure) -> None:
         ClosureError: if the two losses differ: then candidates cannot be compared.
     """
     with Isolation(model) as isolation:
-        first, second = (isolation.run(closure).double() for _ in range(2))
+        first, second = (isolation.run(closure).double().clone() for _ in range(2))
     # Some GPU operations add up in another order each time.
     if not torch.allclose(first, second, rtol=1e-3, atol=0.0, equal_nan=True):
         raise ClosureError(

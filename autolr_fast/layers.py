@@ -111,7 +111,19 @@ def _batched_dropout_mask(
     info: Any, in_dims: Sequence[int | None], like: Tensor, p: float
 ) -> tuple[Tensor, int | None]:
     """One for all models, drawn as a model alone draws it: on a GPU, torch's rule for dropout draws another."""
-    return dropout_mask(_in_front(like, in_dims[0])[0], p), None
+    _check_randomness(info)
+    like = _in_front(like, in_dims[0])
+    if info.randomness == "different":
+        return dropout_mask(like, p), 0
+    like = like[0]
+    if like.dim() > 1 and like.flatten(0, -2).mT.is_contiguous():
+        like = like.contiguous()  # the rule for linear layers leaves it transposed, the layer does not
+    return dropout_mask(like, p), None
+
+
+def _check_randomness(info: Any) -> None:
+    if info.randomness == "error":
+        raise RuntimeError("vmap: dropout draws random numbers: pass randomness='same' or 'different'")
 
 
 @torch.library.register_vmap("autolr_fast::stacked_attention")  # type: ignore[untyped-decorator]
@@ -134,11 +146,13 @@ def _batched_attention(
     inputs = [x.expand(models, *x.shape[1:]) for x in fronts]  # [N, B, *, T, E], or [N, T, E]
     mask = None if attn_mask is None else _in_front(attn_mask, in_dims[3])  # [N or 1, *]
     if dropout_p:
+        _check_randomness(info)
         masks = [None] * models if mask is None else mask.expand(models, *mask.shape[1:]).unbind(0)
         devices = [query.device] if query.is_cuda else []
         outs = []
         for index, each in enumerate(zip(*inputs, masks, strict=True)):
-            with torch.random.fork_rng(devices, enabled=index < models - 1):
+            again = info.randomness == "same" and index < models - 1
+            with torch.random.fork_rng(devices, enabled=again):
                 outs.append(attention(*each, dropout_p, *rest))
         return torch.stack(outs), 0
     if mask is not None:
@@ -207,7 +221,11 @@ def _call_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    if torch.is_grad_enabled():
+    broadcasts = not query.dim() == key.dim() == value.dim() or (
+        query.dim() > 2 and not len(query) == len(key) == len(value)
+    )
+    is_plain = attn_mask is None or (type(attn_mask) is Tensor and attn_mask.dim() <= query.dim())
+    if torch.is_grad_enabled() or broadcasts or not is_plain:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

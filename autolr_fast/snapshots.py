@@ -21,7 +21,7 @@ __all__ = ["Cadence", "Snapshots", "windows_for"]
 
 
 def windows_for(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
-    """Return the windows that suit an optimizer: 2 for plain SGD, 1 and 2 in turn with momentum, 1 and 3 for others.
+    """Return the windows that suit an optimizer: 2 for plain SGD, 1 and 2 in turn with momentum, else 1 and 3.
 
     Near the highest rate that it bears, plain SGD crosses its steepest valley at each step, and one step alone then
     looks too long; over two the crossings cancel, and what is left is the progress. With other optimizers no line
@@ -137,7 +137,9 @@ class Snapshots:
             samples = {parameter: value if taken.sampled else sample(value) for parameter, value in before}
             self._state_tells = told.agrees(samples)
             if self._state_tells:
-                self._taken[self.steps - window] = Snapshot(samples, sampled=True)  # for a longer window
+                later = self._cadence.windows_from(self.steps - window, now=self.steps)
+                if all(tells(optimizer, longer) for longer in later):
+                    self._taken[self.steps - window] = Snapshot(samples, sampled=True)
                 return told
         return None if taken.sampled else StepLine(taken.values, names, window)
 

@@ -100,8 +100,8 @@ def memory(header: Mapping[str, Any], rows: Rows) -> str:
     """Return a table for each model."""
     lines = _head("The memory of a probe", header)
     lines += [
-        "In copies of the model's own parameters, each row in a process of its own: the peaks of the first probe",
-        "and of a later one over the peak of as many plain forwards in the same process, and what stays between",
+        "In copies of the model's own parameters, on a CPU each row in a process of its own: the peaks of the",
+        "first probe and of a later one over that of as many plain forwards before it, and what stays between",
         "probes. The snapshot of the parameters before the step is counted by itself: it is there from the opening",
         f"of a window to its probe. The {REFERENCE} is one candidate at a time; the gradients of each and what",
         "its backward saves are counted.",
@@ -142,8 +142,8 @@ def tree(header: Mapping[str, Any], rows: Rows) -> str:
         "which is what training the branches one after another takes; the median of the ratios is shown.",
         "",
         "Memory is the peak of two epochs of one batch with plain SGD, in copies of the parameters, over what",
-        "there was before, each in a process of its own. Parameters and gradients of all branches are 2 M N; to a",
-        "batched pass come the activations of as many forwards. The last column is the peak of the reference,",
+        "there was before; on a CPU each has a process of its own. Parameters and gradients of all branches are",
+        "2 M N; to a batched pass come the activations of as many forwards. The last column is the peak of the reference,",
         "which has one candidate and the survivors.",
     ]
     for model, group in groupby(rows, key=lambda row: row["model"]):
@@ -195,7 +195,8 @@ def _with_gpu(lines: list[str], header: Mapping[str, Any]) -> str:
             "",
             "## GPU",
             "",
-            "`make bench TORCH=torch` on a machine with a GPU writes the same page of it to [gpu/](gpu).",
+            "`make bench TORCH=torch` on a machine with a GPU writes the same page to [gpu/](gpu). What is there, is",
+            "measured; the others are not.",
         ]
     return "\n".join(lines) + "\n"
 

@@ -21,7 +21,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """On a GPU, convolutions add up in one order and in full precision: much is compared bitwise."""
     config.addinivalue_line("markers", "cpu: is about the CPU, or something that torch has there alone")
-    torch.set_default_device(config.getoption("--device"))
+    if (device := config.getoption("--device")) != "cpu":  # a default device has torch functions leave fused paths
+        torch.set_default_device(device)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
 

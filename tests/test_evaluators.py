@@ -24,7 +24,7 @@ from autolr_fast import (
 )
 from autolr_fast.candidates import StepLine
 from autolr_fast.evaluators import resolve_evaluator
-from autolr_fast.isolation import Isolation
+from autolr_fast.isolation import Isolation, check_repeatable
 
 from .helpers import (
     MODELS,
@@ -618,3 +618,32 @@ def test_unknown_evaluators():
         resolve_evaluator(3)
     with pytest.raises(ValueError, match="max_memory=0"):
         Stacked(max_memory=0)
+
+
+def test_what_a_model_warns_of_is_said_once():
+    model = mlp()
+
+    def loss_of(model):
+        warnings.warn("of the model", stacklevel=1)
+        return model(x).square().mean()
+
+    x = torch.randn(12, 5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        _, line, _ = probed(model, loss_of)
+        evaluator = Streamed()
+        for _ in range(3):
+            evaluator.losses(model, line, FACTORS_5, lambda: loss_of(model))
+    assert len(caught) == 1
+
+
+def test_a_loss_in_memory_that_the_next_run_takes_again():
+    """As compiled closures return it."""
+    model, out = nn.Linear(5, 3), torch.zeros((), dtype=torch.float64)
+    x = torch.randn(12, 5)
+    _, line, _ = probed(model, lambda model: model(x).square().mean())
+    closure = lambda: out.copy_(model(x).square().mean().double())  # noqa: E731
+    expected = InPlace().losses(model, line, FACTORS_5, lambda: model(x).square().mean().double())
+    assert torch.equal(InPlace().losses(model, line, FACTORS_5, closure), expected)
+    with pytest.raises(ClosureError, match="at the same weights"):
+        check_repeatable(model, lambda: out.add_(1.0))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from autolr_fast.layers import FusedLayers, attention, batch_norm, dropout_mask, linear
 
@@ -155,6 +156,36 @@ def test_attention_of_three_models(lead, mask, batched, p):
         with torch.random.fork_rng():
             alone.append(F.scaled_dot_product_attention(q, k, v, *m or [None], p, scale=0.7))
     torch.testing.assert_close(together, torch.stack(alone))
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "mask"),
+    [
+        ((1, 4, 5, 6), (3, 4, 7, 6), (3, 4, 7, 6), None),
+        ((3, 4, 5, 6), (1, 4, 7, 6), (1, 4, 7, 6), None),
+        ((4, 5, 6), (3, 4, 7, 6), (3, 4, 7, 6), None),
+        ((5, 6), (3, 7, 6), (3, 7, 6), None),
+        ((4, 5, 6), (4, 5, 6), (4, 5, 6), causal_lower_right(5, 5)),
+    ],
+)
+def test_attention_that_broadcasts(q, k, v, mask):
+    q, k, v = (torch.randn(3, *shape, dtype=torch.float64) for shape in (q, k, v))
+    call = lambda *args: F.scaled_dot_product_attention(*args, attn_mask=mask)  # noqa: E731
+    with FusedLayers(), torch.no_grad():
+        torch.testing.assert_close(torch.vmap(call)(q, k, v), one_by_one(call, q, k, v))
+
+
+def test_vmap_says_how_random_dropout_is():
+    x = torch.ones(3, 50)
+    attend = lambda x: F.scaled_dot_product_attention(*[x.view(5, 10)] * 3, dropout_p=0.5)  # noqa: E731
+    for call in (lambda x: F.dropout(x, 0.5), attend):
+        with FusedLayers(), torch.no_grad():
+            y = torch.vmap(call, randomness="different")(x)
+            assert not torch.equal(y[0], y[1])
+            y = torch.vmap(call, randomness="same")(x)
+            assert torch.equal(y[0], y[1])
+            with pytest.raises(RuntimeError, match="random"):
+                torch.vmap(call)(x)
 
 
 def test_causal_attention_with_fewer_keys_than_queries_of_three_models():

@@ -1,13 +1,15 @@
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autolr_fast import AutoLR
 from autolr_fast.reconstruction import sample
-from autolr_fast.snapshots import Cadence, Snapshots
+from autolr_fast.snapshots import Cadence, Snapshots, windows_for
 
 from .helpers import mlp, problem, train_step
 
@@ -38,17 +40,49 @@ def test_every_probe_finds_its_snapshot_and_none_is_kept_in_vain(every, calibrat
         assert set(snapshots._taken) == needed
 
 
-def test_default_keeps_nothing_between_probes():
+@pytest.mark.parametrize(
+    ("build", "open_after"),
+    [
+        (torch.optim.SGD, [29, 39, 49, 59]),
+        (partial(torch.optim.SGD, momentum=0.9), [29, 49]),
+        (torch.optim.AdamW, [28, 29, 48, 49]),
+    ],
+)
+def test_default_keeps_nothing_between_probes(build, open_after):
     model, loss_of = problem("mlp")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    snapshots = Snapshots(optimizer, Cadence(every=10, calibrate=20, windows=(1, 2)))
+    optimizer = build(model.parameters(), lr=0.01)
+    snapshots = Snapshots(optimizer, Cadence(every=10, calibrate=20, windows=windows_for(optimizer)))
     held = []
     for _ in range(60):
         train_step(model, optimizer, loss_of)
         snapshots.drop_used()
         held.append(len(snapshots._taken))
     assert max(held) == 1
-    assert [step for step, count in enumerate(held, 1) if count and step > 20] == [29, 49]
+    assert [step for step, count in enumerate(held, 1) if count and step > 20] == open_after
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"every": 2, "calibrate": 0}, {"every": 1, "calibrate": 0}, {"window": (1, 2)}]
+)
+@pytest.mark.parametrize("build", [torch.optim.AdamW, torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9)])
+def test_no_probe_is_left_out_where_the_state_tells_some_windows_only(monkeypatch, build, options):
+    """Also of windows that overlap, and of which it tells the shorter one."""
+    probed = []
+    for small in (0, 1 << 30):
+        monkeypatch.setattr("autolr_fast.reconstruction.SMALL", small)
+        model, loss_of = problem("mlp")
+        optimizer = build(model.parameters(), lr=0.01)
+        scheduler = AutoLR(optimizer, model, evaluator="inplace", **options)
+        probes = []
+        for _ in range(40):
+            train_step(model, optimizer, loss_of)
+            scheduler.step(partial(loss_of, model))
+            if scheduler.last_probe:
+                probes.append((scheduler.last_probe.step, scheduler.last_probe.window))
+        probed.append(list(dict.fromkeys(probes)))
+    assert probed[0] == probed[1]
+    every, first = options.get("every", 10), options.get("calibrate", 20)
+    assert [step for step, _ in probed[0]] == [s for s in range(1, 41) if s <= first or s % every == 0]
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -55,6 +55,11 @@ MODELS = {
     "mlp": (mlp, "vectors", True),
     "convnet": (partial(convnet, dropout=0.0), "images", True),
     "dropout": (convnet, "images", True),
+    "dropout-of-linear": (
+        lambda: nn.Sequential(nn.Linear(5, 9), nn.Dropout(0.3), nn.Linear(9, 3)),
+        "vectors",
+        True,
+    ),
     "tied": (Tied, "words", True),
     "transformer": (transformer, "sequences", True),
     "partly-frozen": (partly_frozen, "vectors", True),

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ _METADATA = frozenset({
 })  # fmt: skip
 # Attributes that are made of a tensor's values; all others are metadata too.
 _VALUES = frozenset(getattr(torch.Tensor, name) for name in ("data", "T", "mT", "H", "mH", "real", "imag"))
+_RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
@@ -53,18 +54,6 @@ class Substitution(TorchFunctionMode):
         self._tensors = tensors  # alive, so that their ids stay theirs
         self._index = {id(tensor): index for index, tensor in enumerate(tensors)}
         self.used: set[int] = set()
-        self._quiet = ExitStack()
-
-    def __enter__(self) -> Substitution:
-        self._quiet.enter_context(warnings.catch_warnings())
-        # On a GPU, of weights that do not lie in one memory: stand-ins do not.
-        warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
-        self._quiet.close()
 
     @abstractmethod
     def stand_in(self, index: int) -> Tensor:
@@ -80,7 +69,12 @@ class Substitution(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_metadata(func):
             return func(*args, **kwargs)
-        return self.call(func, args, kwargs)
+        if func not in _RECURRENT:
+            return self.call(func, args, kwargs)
+        with warnings.catch_warnings():
+            # On a GPU, of weights that do not lie in one memory: stand-ins do not.
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+            return self.call(func, args, kwargs)
 
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call a torch function with stand-ins for the tensors that have one."""

@@ -125,7 +125,7 @@ VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "not annealed": (AutoLR, {"anneal": lambda _: 1.0}),
     "annealed on plateaus": (AutoLR, {"total_steps": None, "anneal": "plateau"}),
     **{f"window {window}": (AutoLR, {"window": window}) for window in (1, 2, 3, 4)},
-    "windows 1 and 2": (AutoLR, {"window": (1, 2)}),
+    **{f"windows 1 and {window}": (AutoLR, {"window": (1, window)}) for window in (2, 3, 4)},
     "windows 2 and 4": (AutoLR, {"window": (2, 4)}),
     "windows 1, 2 and 4": (AutoLR, {"window": (1, 2, 4)}),
     "high start": (Started, {"caution": 1.0, "power": 0.5}),
