@@ -143,8 +143,8 @@ def tree(header: Mapping[str, Any], rows: Rows) -> str:
         "",
         "Memory is the peak of two epochs of one batch with plain SGD, in copies of the parameters, over what",
         "there was before; on a CPU each has a process of its own. Parameters and gradients of all branches are",
-        "2 M N; to a batched pass come the activations of as many forwards. The last column is the peak of the reference,",
-        "which has one candidate and the survivors.",
+        "2 M N; to a batched pass come the activations of as many forwards. The last column is the peak of the",
+        "reference, which has one candidate and the survivors.",
     ]
     for model, group in groupby(rows, key=lambda row: row["model"]):
         cases = list(group)
@@ -195,8 +195,8 @@ def _with_gpu(lines: list[str], header: Mapping[str, Any]) -> str:
             "",
             "## GPU",
             "",
-            "`make bench TORCH=torch` on a machine with a GPU writes the same page to [gpu/](gpu). What is there, is",
-            "measured; the others are not.",
+            "`make bench TORCH=torch` on a machine with a GPU writes the same pages to [gpu/](gpu); those of",
+            "memory and of a search are still missing.",
         ]
     return "\n".join(lines) + "\n"
 
