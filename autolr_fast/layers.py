@@ -226,9 +226,7 @@ def _call_attention(
     )
     is_plain = attn_mask is None or (type(attn_mask) is Tensor and attn_mask.dim() <= query.dim())
     if torch.is_grad_enabled() or broadcasts or not is_plain:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     inputs: list[Tensor | None] = [query, key, value, attn_mask]
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)

@@ -124,19 +124,23 @@ MODELS = {
     ),
 }
 
+ON_GPU = torch.get_default_device().type == "cuda"  # by --device
 # vmap has no rule for an operation of the first, nor for the kernels of the second on a GPU.
-UNBATCHED = {"spectral-norm"} | ({"attention-dropout"} if torch.get_default_device().type == "cuda" else set())
+UNBATCHED = {"spectral-norm"} | ({"attention-dropout"} if ON_GPU else set())
+
+
+def seeded(make, inputs, count):
+    """A model, its input and as many targets: the same numbers on every device."""
+    torch.manual_seed(1)
+    with torch.device("cpu"):
+        parts = make(), inputs(), torch.randint(3, (count,))
+    return [part.to(torch.get_default_device()) for part in parts]
 
 
 def problem(name):
     """A seeded model, and a closure maker: ``loss_of(model)`` is its loss on one fixed batch."""
-    make, inputs = MODELS[name]
-    torch.manual_seed(1)
-    with torch.device("cpu"):  # the same numbers on every device
-        model, x, y = make(), inputs(), torch.randint(3, (12,))
-    device = torch.get_default_device()
-    x, y = x.to(device), y.to(device)
-    return model.to(device), lambda model: F.cross_entropy(model(x), y)
+    model, x, y = seeded(*MODELS[name], 12)
+    return model, lambda model: F.cross_entropy(model(x), y)
 
 
 def sgd(model, lr=0.1, **kwargs):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from autolr_fast import EVALUATORS, FACTORS_5, FACTORS_7, AutoLR, InPlace, Stacked, ops
-from autolr_fast.candidates import StepLine
 
 from .helpers import assert_same, everything, mlp, train_step
+from .test_evaluators import probed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 DEVICE = "cuda"
@@ -25,14 +25,6 @@ def classifier(*sizes, batch=64):
     model = nn.Sequential(*layers[:-1]).to(DEVICE)
     x, y = torch.randn(batch, sizes[0], device=DEVICE), torch.randint(sizes[-1], (batch,), device=DEVICE)
     return model, lambda model: F.cross_entropy(model(x), y)
-
-
-def stepped(model, loss_of):
-    """The line over one real step."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    prev = {parameter: parameter.detach().clone() for parameter in model.parameters()}
-    train_step(model, optimizer, loss_of)
-    return optimizer, StepLine(prev, {p: name for name, p in model.named_parameters()}, window=1)
 
 
 def train(model, loss_of, optimizer, steps, **options):
@@ -94,7 +86,7 @@ def test_a_probe_changes_nothing(evaluator):
     ).to(DEVICE)
     x, y = torch.randn(16, 3, 8, 8, device=DEVICE), torch.randint(10, (16,), device=DEVICE)
     loss_of = lambda model: F.cross_entropy(model(x), y)  # noqa: E731
-    optimizer, line = stepped(model, loss_of)
+    optimizer, line, _ = probed(model, loss_of)
     before = everything(model, optimizer)
     expected = []
     for factor in FACTORS_5:
@@ -116,7 +108,7 @@ def test_the_compiled_operators_serve():
 
 def test_chunks_get_smaller_where_memory_runs_out():
     model, loss_of = classifier(2048, *([2048] * 8), 10)  # 128 MiB
-    _, line = stepped(model, loss_of)
+    _, line, _ = probed(model, loss_of)
     expected = InPlace().losses(model, line, FACTORS_7, lambda: loss_of(model))
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
@@ -164,8 +156,8 @@ def test_autocast_and_a_scaler_that_skips(dtype):
 def test_compiled_models_run_compiled(what, mode):
     model, loss_of = classifier(20, 64, 10)
     eager = copy.deepcopy(model)
-    _, line = stepped(model, loss_of)
-    _, eager_line = stepped(eager, loss_of)
+    _, line, _ = probed(model, loss_of)
+    _, eager_line, _ = probed(eager, loss_of)
     expected = InPlace().losses(eager, eager_line, FACTORS_5, lambda: loss_of(eager))
     if what == "model":
         compiled = torch.compile(model, mode=mode)

@@ -18,6 +18,7 @@ from autolr_fast.reconstruction import tells
 
 from .helpers import (
     MODELS,
+    ON_GPU,
     OPTIMIZERS,
     Recurrent,
     assert_same,
@@ -88,7 +89,7 @@ def test_gradient_direction_equals_the_reference_bitwise():
 def test_every_optimizer(name, window, small, monkeypatch):
     """The line is through what the optimizer really did, and nothing but the learning rate changes."""
     monkeypatch.setattr("autolr_fast.reconstruction.SMALL", small)
-    if name == "adagrad-fused" and torch.get_default_device().type != "cpu":
+    if name == "adagrad-fused" and ON_GPU:
         pytest.skip("torch has it on the CPU alone")
     cls, kwargs = OPTIMIZERS[name]
     model, loss_of = problem("convnet")
@@ -442,7 +443,7 @@ def test_resumed_run_is_bit_for_bit_the_same(cut, tensor_lr):
     first = start()
     run(*first, range(cut))
     file = io.BytesIO()
-    random = torch.cuda if torch.get_default_device().type == "cuda" else torch  # where dropout draws from
+    random = torch.cuda if ON_GPU else torch  # where dropout draws from
     torch.save([*(part.state_dict() for part in first), random.get_rng_state()], file)
     file.seek(0)
     *states, rng = torch.load(file, weights_only=True)

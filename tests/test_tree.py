@@ -15,7 +15,18 @@ from autolr_fast import FACTORS_3, FACTORS_5, ALRTree, reference
 from autolr_fast.tree.optimizers import StackedAdam, StackedSGD
 from autolr_fast.tree.records import prune
 
-from .helpers import KeepsWeights, Recurrent, Tied, UpdatesBuffer, convnet, mlp, spectral, transformer
+from .helpers import (
+    ON_GPU,
+    KeepsWeights,
+    Recurrent,
+    Tied,
+    UpdatesBuffer,
+    convnet,
+    mlp,
+    seeded,
+    spectral,
+    transformer,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,11 +96,8 @@ OPTIMIZERS = {
 
 def problem(name):
     make, data, _ = MODELS[name]
-    torch.manual_seed(1)
-    with torch.device("cpu"):  # the same numbers on every device
-        model, x, y = make(), DATA[data](), torch.randint(3, (EXAMPLES,))
-    device = torch.get_default_device()
-    return model.to(device), list(zip(x.to(device).split(8), y.to(device).split(8), strict=True))
+    model, x, y = seeded(make, DATA[data], EXAMPLES)
+    return model, list(zip(x.split(8), y.split(8), strict=True))
 
 
 def history_of(tree):
@@ -116,7 +124,7 @@ def assert_equals_reference(tree, model, expected, rtol=1e-4, atol=1e-5):
 def test_equals_one_training_after_another(name, method):
     model, batches = problem(name)
     # On a GPU, torch's kernels for the gradients of attention refuse what vmap gives them.
-    attends = name == "transformer" and torch.get_default_device().type == "cuda"
+    attends = name == "transformer" and ON_GPU
     if method == "batched" and (attends or not MODELS[name][2]):
         with pytest.raises(RuntimeError, match=f"method='batched' cannot serve {type(model).__name__}"):
             ALRTree(model, F.cross_entropy, 0.05, method=method).fit(batches, 1)
