@@ -58,8 +58,7 @@ def candidate_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
                     "parameters have candidates; keep a complex one as its real view (torch.view_as_real)"
                 )
             parameters[name] = parameter
-    missing = [name for name, parameter in model.named_parameters() if id(parameter) in names]
-    missing = [name for name in missing if model.get_parameter(name).requires_grad]
+    missing = [name for name in names.values() if model.get_parameter(name).requires_grad]
     if missing:
         raise ValueError(
             f"model parameter {missing[0]!r} (and {len(missing) - 1} more) requires a gradient but is not in the "

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 else:
     ProcessGroup = object  # torch builds without distributed support have no such class
 
-__all__ = ["ProcessGroup", "is_distributed", "is_sharded", "local", "mean_over_ranks", "reshard"]
+__all__ = ["ProcessGroup", "is_distributed", "is_sharded", "local", "mean_over_ranks", "sharded_modules"]
 
 
 def is_distributed() -> bool:
@@ -44,15 +44,10 @@ def local(tensor: Tensor) -> Tensor:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether :func:`torch.distributed.fsdp.fully_shard` was applied to the model or a part of it."""
-    return bool(_sharded_modules(model))
+    return bool(sharded_modules(model))
 
 
-def reshard(model: nn.Module) -> None:
-    """Free the whole parameters that a sharded model gathered for a forward; nothing to do for another model."""
-    for module in _sharded_modules(model):
-        module.reshard()
-
-
-def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """Return the modules that :func:`torch.distributed.fsdp.fully_shard` was applied to."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a sharded model has imported it
     return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)] if fsdp else []

@@ -70,12 +70,12 @@ class Guard:
         if half < 2:
             self._ceiling = torch.maximum(self._ceiling, level)
             return None
-        older, newer = self._losses[-2 * half : -half], self._losses[-half:]
-        error = ((older.var() + newer.var()) / half).sqrt()
-        gain = older.mean() - newer.mean()
+        variances, (older, newer) = torch.var_mean(self._losses[-2 * half :].view(2, half), dim=1)
+        error = (variances.sum() / half).sqrt()
+        gain = older - newer
         falls = torch.where(gain == 0, gain, gain / error)
         self._ceiling = torch.where(falls > _CLEAR, torch.maximum(self._ceiling, level), self._ceiling)
-        level.copy_(torch.minimum(level, self._ceiling))
+        torch.minimum(level, self._ceiling, out=level)
         return falls if half == self.count else None
 
     def state(self) -> GuardState:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .distributed import reshard
+from .copies import Copies
+from .distributed import sharded_modules
 
 __all__ = [
     "CALLED_BACKWARD",
@@ -67,11 +68,13 @@ class Isolation:
     def __enter__(self) -> Isolation:
         self._modules = ModuleStates(self._model)
         self._random = RandomStreams()
-        self._gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
-        self._frozen = _copy_of_frozen(self._model)
-        for parameter, _ in self._gradients:
+        parameters = list(self._model.parameters())
+        self._gradients = [(parameter, parameter.grad) for parameter in parameters]
+        self._frozen = _copies_of_frozen(parameters)
+        for parameter in parameters:
             parameter.grad = None
-        reshard(self._model)
+        self._sharded = sharded_modules(self._model)
+        self._reshard()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -105,10 +108,14 @@ class Isolation:
             self._random.restore()
             torch.clear_autocast_cache()
             self._modules.restore()
-            for parameter, value in self._frozen:
-                parameter.detach().copy_(value)
+            self._frozen.restore()
             # A forward without a backward leaves whole parameters behind, and they would serve the next forward.
-            reshard(self._model)
+            self._reshard()
+
+    def _reshard(self) -> None:
+        """Free the whole parameters that a sharded model gathered for a forward; there are no others to free."""
+        for module in self._sharded:
+            module.reshard()
 
 
 class RandomStreams:
@@ -124,42 +131,36 @@ class RandomStreams:
 
 
 class ModuleStates:
-    """What the modules of a model held when it was made: attributes, also in containers, and values of buffers.
+    """What the modules of a model held when it was made: attributes, also in containers, and values of tensors.
 
     Args:
         model: with all its submodules.
     """
 
+    @torch.no_grad()
     def __init__(self, model: nn.Module):
-        self._states = [_ModuleState(module) for module in model.modules()]
-
-    def restore(self) -> None:
-        """Put them back."""
-        for state in self._states:
-            state.restore()
-
-
-class _ModuleState:
-    """What a module holds itself: attributes, also in containers, and the values of those that are tensors."""
-
-    def __init__(self, module: nn.Module):
-        own = [value for name, value in vars(module).items() if name not in _TORCHS_OWN]
-        containers: list[Any] = [vars(module)]
+        modules = list(model.modules())
+        containers: list[Any] = []
         tensors: dict[int, Tensor] = {}
-        for value in (module._parameters, module._buffers, *own):
-            _collect(value, containers, tensors)
-        self._containers = [(live, copy.copy(live), _identity(live)) for live in containers]
+        for module in modules:
+            attributes = vars(module)
+            containers.append(attributes)
+            own = [value for name, value in attributes.items() if name not in _TORCHS_OWN]
+            _collect([module._parameters, module._buffers, *own], containers, tensors)
+        self._containers = [(live, dict(live) if isinstance(live, dict) else list(live)) for live in containers]
         self._parameters = [
             (parameter, parameter.requires_grad, parameter.data)
+            for module in modules
             for parameter in module._parameters.values()
             if parameter is not None
         ]
-        self._values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+        self._values = Copies(list(tensors.values()))
 
     @torch.no_grad()
     def restore(self) -> None:
-        for live, saved, identity in self._containers:
-            if _identity(live) != identity:
+        """Put them back."""
+        for live, saved in self._containers:
+            if not _holds_the_same(live, saved):
                 live.clear()
                 live.extend(saved) if isinstance(live, (list, deque)) else live.update(saved)
         for parameter, flag, data in self._parameters:
@@ -167,34 +168,38 @@ class _ModuleState:
                 parameter.data = data
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
-        for tensor, value in self._values:
-            tensor.copy_(value)
+        self._values.restore()
 
 
 _TORCHS_OWN = frozenset(vars(nn.Module()))
+_PLAIN = frozenset({bool, int, float, str, type(None)})  # what most attributes are
 
 
-def _collect(value: Any, containers: list[Any], tensors: dict[int, Tensor], depth: int = 4) -> None:
+def _collect(values: Iterable[Any], containers: list[Any], tensors: dict[int, Tensor], depth: int = 4) -> None:
     """Add what a closure could change in place: containers, those inside of them, and their tensors."""
-    if isinstance(value, Tensor):
-        if _is_writable(value):
-            tensors[id(value)] = value
-        return
-    if isinstance(value, (dict, list, deque, set)):
-        containers.append(value)
-    elif not isinstance(value, tuple):
-        # The dicts of a scripted module are none.
-        value = value.values() if type(value).__name__ == "OrderedDictWrapper" else ()
-    if depth:
-        for item in value.values() if isinstance(value, dict) else value:
-            _collect(item, containers, tensors, depth - 1)
+    for value in values:
+        if type(value) in _PLAIN:
+            continue
+        inside: Iterable[Any] = ()
+        if isinstance(value, Tensor):
+            if _is_writable(value):
+                tensors[id(value)] = value
+        elif isinstance(value, (dict, list, deque, set)):
+            containers.append(value)
+            inside = value.values() if isinstance(value, dict) else value
+        elif isinstance(value, tuple):
+            inside = value
+        elif type(value).__name__ == "OrderedDictWrapper":  # the dicts of a scripted module are none
+            inside = value.values()
+        if depth and inside:
+            _collect(inside, containers, tensors, depth - 1)
 
 
-def _identity(container: Any) -> tuple[Any, ...]:
-    """Return what tells whether a container holds the same objects, while they are alive."""
-    if isinstance(container, dict):
-        return (*container, *map(id, container.values()))
-    return tuple(map(id, container))
+def _holds_the_same(live: Any, saved: dict[Any, Any] | list[Any]) -> bool:
+    """Whether a container holds the very objects, in the same order, that it held."""
+    if len(live) != len(saved) or not all(map(is_, live, saved)):
+        return False
+    return not isinstance(saved, dict) or all(map(is_, live.values(), saved.values()))
 
 
 def _is_writable(tensor: Tensor) -> bool:
@@ -206,17 +211,14 @@ def _is_writable(tensor: Tensor) -> bool:
     return not expanded and not tensor.is_inference()
 
 
-def _copy_of_frozen(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return the frozen parameters and their values, as a momentum encoder may change them in the forward.
+def _copies_of_frozen(parameters: Sequence[nn.Parameter]) -> Copies:
+    """Return the values of those that are frozen, as a momentum encoder may change them in the forward.
 
     A model of which little is trained, such as one with adapters, has none and could not afford the copy.
     """
-    parameters = list(model.parameters())
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    if sum(parameter.numel() for parameter in frozen) > trained:
-        return []
-    return [(parameter, parameter.detach().clone()) for parameter in frozen]
+    return Copies([] if sum(parameter.numel() for parameter in frozen) > trained else frozen)
 
 
 def check_repeatable(model: nn.Module, closure: Closure) -> None:

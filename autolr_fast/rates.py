@@ -76,9 +76,18 @@ class Rates:
         check_multiplier(self._annealing, fraction, multiplier)
         return multiplier
 
-    def annealed(self, step: int) -> Tensor:
-        """Return the level after ``step`` optimizer steps, annealed and within the limits, 0-dim."""
-        return (self.level * self.settled * self.multiplier(step)).clamp(*self.limits)
+    def annealed(self, step: int) -> Tensor | float:
+        """Return the level after ``step`` optimizer steps, annealed and within the limits.
+
+        Returns:
+            A number if the level is on the CPU, where one is had at a tenth of the time; else 0-dim.
+        """
+        high = (
+            self.level * self.settled
+            if self.level.device.type != "cpu"
+            else self.level.item() * self.settled.item()
+        )
+        return _within(high * self.multiplier(step), *self.limits)
 
     def set_level(self, level: Tensor | float) -> None:
         """Set the level, held inside the limits."""
@@ -101,11 +110,11 @@ class Rates:
         """Write the learning rates after ``step`` optimizer steps into the param groups."""
         annealed = self.annealed(step)
         for group, base in zip(self._optimizer.param_groups, self.base, strict=True):
-            lr = (base * annealed).clamp(self._min_lr, self._max_lr)
+            lr = _within(base * annealed, self._min_lr, self._max_lr)
             if isinstance(group["lr"], Tensor):
-                group["lr"].copy_(lr)
+                group["lr"].fill_(lr)
             else:
-                group["lr"] = lr.item()
+                group["lr"] = lr
 
     def current(self) -> list[float | Tensor]:
         """Return the learning rates in the param groups; tensors as copies."""
@@ -121,7 +130,7 @@ class Rates:
                 "removed; freeze their parameters with requires_grad_(False) instead"
             )
         for group in groups[len(self.base) :]:
-            self._append(group["lr"], scale=self.annealed(step).item())
+            self._append(group["lr"], scale=float(self.annealed(step)))
             group.setdefault("initial_lr", self.base[-1])
 
     def _append(self, rate: float | Tensor, scale: float) -> None:
@@ -146,3 +155,8 @@ class Rates:
                 "change lr or the limit"
             )
         self.base.append(value / scale)
+
+
+def _within(value: Tensor | float, lowest: float, highest: float) -> Tensor | float:
+    """Return the value, or the limit that it is beyond."""
+    return value.clamp(lowest, highest) if isinstance(value, Tensor) else min(max(value, lowest), highest)

@@ -391,7 +391,7 @@ class AutoLR(LRScheduler):
         return Look(factors, losses, weights, factor, precision)
 
     def _search(self, line: Line, closure: Closure) -> tuple[int, Look]:
-        taken = self._rates.annealed(max(self.last_epoch, 0)).item()
+        taken = float(self._rates.annealed(max(self.last_epoch, 0)))
         scratch = self._rates.level.clone()  # the level moves once, when the search has ended
         lowest, highest = (limit / taken for limit in self._rates.limits)
         ratio, seen, rounds = search(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .candidates import Line, StepLine
+from .copies import Copies
 from .distributed import is_distributed
 from .isolation import REMEDY, ClosureError
 from .reconstruction import StateLine, sample, tells
@@ -222,12 +223,9 @@ class Snapshots:
             sampled = self._state_tells and all(tells(optimizer, window) for window in windows)
             # The probe of the first step must not be left out, and ranks must all make one or none.
             sampled = sampled and self.steps > 0 and not is_distributed()
-            values = {
-                parameter: sample(parameter) if sampled else parameter.detach().clone()
-                for parameter in parameters
-                if parameter.requires_grad or parameter.grad is not None
-            }
-            self._taken[self.steps] = Snapshot(values, sampled)
+            kept = [parameter for parameter in parameters if parameter.requires_grad or parameter.grad is not None]
+            values = map(sample, kept) if sampled else Copies([parameter.detach() for parameter in kept]).values
+            self._taken[self.steps] = Snapshot(dict(zip(kept, values, strict=True)), sampled)
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Fused optimizers are called by a GradScaler even if it found an inf, and skip the step inside.

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..candidates import Line, live_rows
+from ..copies import Copies
+from ..distributed import local
 from ..isolation import Closure, Isolation
 from .base import Evaluator
 
@@ -42,9 +43,8 @@ class InPlace(Evaluator):
 @contextmanager
 def rewritten(parameters: Sequence[nn.Parameter]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Give copies of the parameters, and the live ones as rows to be written to; put them back at the end."""
-    rows = live_rows(parameters)
-    now = [row[0].clone() for row in rows]
+    now = Copies([local(parameter) for parameter in parameters])
     try:
-        yield now, rows
+        yield now.values, live_rows(parameters)
     finally:
-        ops.stack_candidates(now, now, [1.0], rows)
+        now.restore()

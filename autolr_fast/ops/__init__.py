@@ -344,21 +344,29 @@ def _check_count(name: str, values: Sequence[float]) -> list[float]:
     return [float(value) for value in values]
 
 
+def _said(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
+    return f"{dtype} {list(shape)} on {device}"
+
+
 def _check_tensors(count: int, flat: dict[str, Sequence[Tensor]], stacked: dict[str, Sequence[Tensor]]) -> None:
     """Check that all lists are alike: those in ``stacked`` with ``count`` rows, those in ``flat`` without."""
     lists = {**flat, **stacked}
     model_name, model = next(iter(lists.items()))
+    kinds = [
+        (tensor.shape if model_name in flat else tensor.shape[1:], tensor.dtype, tensor.device) for tensor in model
+    ]
+    rows = [((count, *shape), dtype, device) for shape, dtype, device in kinds] if stacked else []
     for name, tensors in lists.items():
         if len(tensors) != len(model):
             raise ValueError(f"{name} has {len(tensors)} tensors and {model_name} {len(model)}: give one for each")
-        for index, (tensor, other) in enumerate(zip(tensors, model, strict=True)):
-            shape = other.shape if model_name in flat else other.shape[1:]
-            expected = (count, *shape) if name in stacked else shape
-            if tensor.shape != expected or tensor.dtype != other.dtype or tensor.device != other.device:
-                raise ValueError(
-                    f"{name}[{index}] is {tensor.dtype} {list(tensor.shape)} on {tensor.device}: expected "
-                    f"{other.dtype} {list(expected)} on {other.device}, like {model_name}[{index}]"
-                )
+        expected = rows if name in stacked else kinds
+        found = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        if found != expected:
+            index = next(i for i in range(len(found)) if found[i] != expected[i])
+            raise ValueError(
+                f"{name}[{index}] is {_said(*found[index])}: expected {_said(*expected[index])}, "
+                f"like {model_name}[{index}]"
+            )
     for index, tensor in enumerate(model):
         if not tensor.is_floating_point():
             raise TypeError(
