@@ -1,9 +1,9 @@
-"""The first rate: the search along the first step, repeated until the factor settles."""
+"""The first rate: the search along the first step for the scale where the loss is lowest."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,11 +11,9 @@ from torch import Tensor
 
 __all__ = ["Found", "Look", "is_unseen", "search", "steady_state"]
 
-_MAX_ROUNDS = 80  # about 20 are needed for eight decades
+_MAX_ROUNDS = 80  # about 10 are needed for six decades
 _WIDEST = 8  # power of the factors
-_SETTLED = 0.1  # a round that moves the logarithm of the rate by less, per power of the factors, has settled
 _CAUTION = 1 / 3  # the level after the first step, at most, in units of the rate that suits that step
-_UNSEEN = 10.0  # growth where the losses are all equal: the candidates are too close for the precision
 
 
 class Look(NamedTuple):
@@ -39,47 +37,76 @@ class Found(NamedTuple):
     rounds: int
 
 
-def search(look: Callable[[float, int], Look], lowest: float, highest: float) -> Found:
-    """Follow the factor until it settles.
+def search(look: Callable[[float, int], Look], lowest: float, highest: float, *, maximize: bool = False) -> Found:
+    """Go to the best candidate until none is better: a pattern search over the logarithm of the ratio.
 
-    The candidates lie further apart each round while the factor keeps its direction, and closer again afterwards.
+    The candidates lie further apart each round while that goes on in one direction, and closer each round
+    afterwards. Where between the last candidates the best ratio lies, a parabola through their losses tells, which
+    is exact for a quadratic loss.
 
     Args:
         look: from a ratio and a power to what the candidates ``ratio * factors ** power`` say.
         lowest: smallest ratio.
         highest: largest ratio.
+        maximize: whether a higher loss is better.
 
     Example:
-        >>> def look(ratio, power):  # the best ratio is 8000; a round goes there, but by no more than a factor of 2
-        ...     factor = min(2.0, (8000 / ratio) ** (1 / power))
-        ...     return Look((1, 2), torch.tensor([1.0, 2.0]), torch.ones(2), torch.tensor(factor), 1e-7)
+        >>> def look(ratio, power):  # the best ratio is 8000
+        ...     factors = (ratio * 2**power, ratio / 2**power)
+        ...     losses = torch.tensor([(factor / 8000 - 1) ** 2 for factor in factors])
+        ...     return Look(factors, losses, torch.ones(2), torch.tensor(1.0), 1e-7)
         >>> found = search(look, 1e-6, 1e6)
         >>> round(found.ratio), found.rounds
-        (8000, 8)
+        (8000, 7)
     """
-    ratio, rounds, power = 1.0, 0, 1
-    before, turned = 0.0, False  # the last move of the ratio's logarithm; whether it has turned once
-    back_and_forth = 0  # turns of candidates as close as they get: two of them never say that they are close
-    while rounds < _MAX_ROUNDS:
+    ratio, best = 1.0, math.inf  # the loss at the ratio, infinite while it is not known
+    power, rounds, direction, widening, upwards = 1, 0, 0.0, True, True
+    while True:
         seen = look(ratio, power)
-        factor = _UNSEEN if is_unseen(seen) else seen.factor.item() ** power
-        wanted = min(max(ratio * factor, lowest), highest)
-        moved, ratio = math.log(wanted / ratio), wanted
         rounds += 1
-        settled = abs(moved) < _SETTLED * power
-        if settled and power == 1:
-            break
-        turns = moved * before < 0
-        back_and_forth += turns and power == 1
-        if back_and_forth == 2:
-            break
-        turned = turned or turns or settled
-        if not turned:
-            power = min(2 * power, _WIDEST)
-        elif turns or settled:
-            power = max(power // 2, 1)
-        before = moved
-    return Found(ratio, seen, rounds)
+        losses = {
+            factor: loss if math.isfinite(loss) else math.inf
+            for factor, loss in zip(seen.factors, (-seen.losses if maximize else seen.losses).tolist(), strict=True)
+        }
+        blind = best == math.inf and is_unseen(seen)
+        if blind:
+            target, loss = max(losses) if upwards else min(losses), math.inf
+        else:
+            target = min(losses, key=lambda factor: (losses[factor], factor))
+            loss = losses[target]
+        wanted = min(max(target, lowest), highest)
+        moved = math.log(wanted / ratio)
+        if moved and (loss < best or best == math.inf):
+            widening = widening and moved * direction >= 0
+            ratio, best, direction = wanted, loss if wanted == target else math.inf, moved
+        elif blind and upwards:  # up to the limit nothing was seen: it may be that the loss has saturated
+            ratio, power, direction, widening, upwards = 1.0, 1, 0.0, True, False
+        elif power > 1:
+            widening = False
+        else:
+            return Found(min(max(_vertex(ratio, best, losses), lowest), highest), seen, rounds)
+        if rounds == _MAX_ROUNDS:
+            return Found(ratio, seen, rounds)
+        power = min(2 * power, _WIDEST) if widening else max(power // 2, 1)
+
+
+def _vertex(ratio: float, loss: float, around: Mapping[float, float]) -> float:
+    """Return where a parabola through the losses at a ratio and at its neighbours is lowest.
+
+    Args:
+        ratio: whose loss is the lowest.
+        loss: the one there.
+        around: the losses at other ratios.
+    """
+    below = max((other for other in around if other < ratio), default=ratio)
+    above = min((other for other in around if other > ratio), default=ratio)
+    if ratio in (below, above) or not math.isfinite(loss + around[below] + around[above]):
+        return ratio
+    down, up = ratio - below, above - ratio
+    falls, rises = (around[below] - loss) / down, (around[above] - loss) / up
+    if falls < 0 or rises < 0 or falls + rises == 0:
+        return ratio
+    return ratio + (falls * up - rises * down) / (2 * (falls + rises))
 
 
 def is_unseen(seen: Look) -> bool:

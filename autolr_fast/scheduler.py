@@ -64,9 +64,9 @@ class AutoLR(LRScheduler):
             is 2 for SGD without momentum, 1 and 2 in turn for SGD with it, and 1 and 3 for any other optimizer.
         direction: ``"step"`` for the line through what the optimizer did; ``"gradient"`` for
             ``now - f * lr * grad`` with a fresh gradient of the closure (``window`` then plays no part).
-        calibrate: how many of the first optimizer steps are all probed. The first probe repeats the search
-            along its step until the factor settles, and takes that step again at the rate found: the one time
-            that parameters change. 0 for none.
+        calibrate: how many of the first optimizer steps are all probed. The first probe searches along its step
+            for the scale where the loss is lowest, whatever the score says, and takes that step again at the
+            rate found: the one time that parameters change. 0 for none.
         guard: the level goes above its highest so far only if the mean loss of so many probes (fewer at first) is
             below that of as many before, by more than two standard errors; 0 lets it go wherever the factor says.
         total_steps: optimizer steps of the whole training. Without it there is no annealing but ``"plateau"``.
@@ -398,6 +398,7 @@ class AutoLR(LRScheduler):
             lambda ratio, power: self._look(line, tuple(ratio * f**power for f in self.factors), closure, scratch),
             lowest,
             highest,
+            maximize=self._maximizes,
         )
         unseen = is_unseen(seen)
         if unseen or not seen.losses.isfinite().any():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autolr_fast import FACTORS_2, AutoLR
+from autolr_fast import FACTORS_2, FACTORS_3, AutoLR
 from autolr_fast.calibration import Look, is_unseen, search, steady_state
 
 from .helpers import assert_same, everything, problem, sgd, train_step
@@ -26,11 +26,11 @@ def test_calibration_finds_the_same_rate_from_anywhere(lr0):
     scheduler.step(lambda: loss_of(model))
     probe = scheduler.last_probe
     rate = lr0 * probe.factor.item()
-    assert 0.6 < rate < 1.6
+    assert rate == pytest.approx(1)
     # the first step was taken again at that rate, and the next ones start at a third of it
     torch.testing.assert_close(model["w"].detach(), start * (1 - rate))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rate / 3)
-    assert 1 < probe.rounds < 25
+    assert 1 < probe.rounds < 13
     assert probe.factors[0] / probe.factors[1] == pytest.approx(FACTORS_2[0] / FACTORS_2[1])
     assert probe.lr_before == [lr0]
 
@@ -43,8 +43,8 @@ def test_two_candidates_find_it_too(lr0):
     scheduler = AutoLR(optimizer, model, calibrate=1, every=None, factors=(1.5, 1 / 1.5))
     train_step(model, optimizer, lambda model: model["w"].square().sum() / 2)
     scheduler.step(lambda: model["w"].square().sum() / 2)
-    assert 0.75 < lr0 * scheduler.last_probe.factor.item() < 1.3
-    assert scheduler.last_probe.rounds < 25
+    assert lr0 * scheduler.last_probe.factor.item() == pytest.approx(1)
+    assert scheduler.last_probe.rounds < 13
 
 
 def test_calibration_changes_parameters_and_nothing_else():
@@ -182,30 +182,79 @@ def test_what_is_hard_on_a_first_step_is_calibrated_all_the_same(case, lr0):
     assert 0.2 < scheduler.level[0] < 1.0
 
 
-@pytest.mark.parametrize("best", [1e-6, 0.3, 1.0, 40.0, 1e5])
-def test_search_follows_a_factor_to_where_it_is_one(best):
+def look_at(loss_of, factors=FACTORS_2, precision=1e-12):
+    """Return a look at a function of the ratio, and the list of the ratios that it is asked about."""
     asked = []
 
     def look(ratio, power):
         asked.append(ratio)
-        factor = min(max((best / ratio) ** (0.5 / power), 0.5), 2.0)
-        return Look((ratio,), torch.arange(2.0), torch.ones(2), torch.tensor(factor, dtype=torch.float64), 1e-7)
+        candidates = tuple(ratio * factor**power for factor in factors)
+        losses = torch.tensor([loss_of(candidate) for candidate in candidates], dtype=torch.float64)
+        return Look(candidates, losses, torch.ones(len(factors)), torch.tensor(1.0), precision)
 
+    return look, asked
+
+
+@pytest.mark.parametrize("factors", [FACTORS_2, FACTORS_3, (4.0, 1.3, 0.3)])
+@pytest.mark.parametrize("best", [1e-6, 0.3, 1.0, 40.0, 1e5])
+def test_search_finds_where_the_loss_is_lowest(best, factors):
+    """A parabola is met exactly, from wherever it starts."""
+    look, asked = look_at(lambda ratio: (ratio / best - 1) ** 2, factors)
     ratio, seen, rounds = search(look, 1e-9, 1e9)
-    assert ratio == pytest.approx(best, rel=0.2)
+    assert ratio == pytest.approx(best, rel=1e-6)
     assert asked[0] == 1.0
-    assert len(asked) == rounds <= 20
-    assert seen.factors == (asked[-1],)
+    assert len(asked) == rounds <= 12
+    assert seen.factors == tuple(asked[-1] * factor for factor in factors)
 
 
-def test_search_ends_when_the_factor_never_settles():
-    def look(ratio, power):
-        return Look((ratio,), torch.arange(2.0), torch.ones(2), torch.tensor(1.2, dtype=torch.float64), 1e-7)
+def test_search_of_the_highest_is_that_of_the_lowest_upside_down():
+    lowest, _ = look_at(lambda ratio: (ratio / 70 - 1) ** 2)
+    highest, _ = look_at(lambda ratio: -((ratio / 70 - 1) ** 2))
+    assert search(highest, 1e-9, 1e9, maximize=True).ratio == search(lowest, 1e-9, 1e9).ratio
 
-    ratio, _, rounds = search(look, 1e-9, 1e60)
-    assert rounds == 80
-    assert ratio == pytest.approx(1.2 ** (1 + 2 + 4 + 77 * 8))
-    assert search(look, 1e-9, 5.0)[0] == 5.0
+
+@pytest.mark.parametrize("ruined", [math.inf, math.nan])
+def test_search_comes_down_from_where_no_loss_is_finite(ruined):
+    look, _ = look_at(lambda ratio: (ratio / 1e-6 - 1) ** 2 if ratio < 1e-4 else ruined)
+    assert search(look, 1e-9, 1e9).ratio == pytest.approx(1e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("best", [1e-7, 1e-2, 1e2, 1e7])
+def test_search_leaves_where_all_losses_are_equal(best):
+    """Too low to be seen at first, or so high that the loss has saturated."""
+    look, _ = look_at(lambda ratio: min((ratio / best - 1) ** 2, 4.0), precision=1e-4)
+    ratio, seen, rounds = search(look, 1e-9, 1e9)
+    assert ratio == pytest.approx(best, rel=1e-6)
+    assert rounds < 25
+    assert not is_unseen(seen)
+
+
+def test_search_gives_up_where_there_is_nothing_to_find():
+    constant, asked = look_at(lambda ratio: 2.0)
+    _, seen, rounds = search(constant, 1e-9, 1e9)
+    assert is_unseen(seen)
+    assert rounds < 30
+    assert max(asked) == 1e9
+    assert min(asked) == 1e-9
+    falling, _ = look_at(lambda ratio: -math.log(ratio))
+    assert search(falling, 1e-9, 5.0).ratio == 5.0
+    assert search(falling, 1e-9, 1e300).rounds == 80
+
+
+def test_a_start_where_the_loss_has_saturated_is_calibrated():
+    """The loss of weights far away is 1 to the last bit; the best are 1."""
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e3, weight_decay=0.0)
+    scheduler = AutoLR(optimizer, model, evaluator="inplace")
+
+    def loss_of(model):
+        return 1 - torch.exp(-(model.weight - 1).square().sum())
+
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+    assert 0.9 < model.weight[0, 0] < 1.1
+    assert scheduler.level[0] == pytest.approx(model.weight[0, 0].item() / 3)
 
 
 @pytest.mark.parametrize(
