@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Found", "Look", "is_unseen", "search", "steady_state"]
+__all__ = ["Found", "Look", "search", "steady_state"]
 
 _MAX_ROUNDS = 80  # about 10 are needed for six decades
 _WIDEST = 8  # power of the factors
+_NOISE = 0.02  # of a loss: what rounding in a forward of 16 bits makes, at most
 _CAUTION = 1 / 3  # the level after the first step, at most, in units of the rate that suits that step
 
 
@@ -30,19 +31,28 @@ class Look(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Where a search ended: the ratio to the step that was taken, what was seen last, and after how many rounds."""
+    """Where a search ended.
+
+    Attributes:
+        ratio: to the step that was taken.
+        seen: the last look.
+        rounds: looks in all.
+        unseen: whether all losses were the same, so that nothing was found.
+    """
 
     ratio: float
     seen: Look
     rounds: int
+    unseen: bool
 
 
 def search(look: Callable[[float, int], Look], lowest: float, highest: float, *, maximize: bool = False) -> Found:
-    """Go to the best candidate until none is better: a pattern search over the logarithm of the ratio.
+    """Go to the best candidate seen until none is better: a pattern search over the logarithm of the ratio.
 
-    The candidates lie further apart each round while that goes on in one direction, and closer each round
-    afterwards. Where between the last candidates the best ratio lies, a parabola through their losses tells, which
-    is exact for a quadratic loss.
+    The candidates lie further apart each round while the best one is at the edge of what was seen, and closer and
+    closer around it otherwise. Where between its neighbours the best ratio lies, a parabola through their losses
+    tells, which is exact for a quadratic loss. The search ends only where the loss has risen further up: below,
+    steps may be too short for the precision of the forward, and each loss as good as the next.
 
     Args:
         look: from a ratio and a power to what the candidates ``ratio * factors ** power`` say.
@@ -59,61 +69,61 @@ def search(look: Callable[[float, int], Look], lowest: float, highest: float, *,
         >>> round(found.ratio), found.rounds
         (8000, 7)
     """
-    ratio, best = 1.0, math.inf  # the loss at the ratio, infinite while it is not known
-    power, rounds, direction, widening, upwards = 1, 0, 0.0, True, True
+    known: dict[float, float] = {}  # ratio -> its loss
+    ratio = centre = 1.0  # where is looked, and where the best was
+    power = leap = rounds = 1
     while True:
         seen = look(ratio, power)
-        rounds += 1
-        losses = {
-            factor: loss if math.isfinite(loss) else math.inf
-            for factor, loss in zip(seen.factors, (-seen.losses if maximize else seen.losses).tolist(), strict=True)
-        }
-        blind = best == math.inf and is_unseen(seen)
-        if blind:
-            target, loss = max(losses) if upwards else min(losses), math.inf
-        else:
-            target = min(losses, key=lambda factor: (losses[factor], factor))
-            loss = losses[target]
-        wanted = min(max(target, lowest), highest)
-        moved = math.log(wanted / ratio)
-        if moved and (loss < best or best == math.inf):
-            widening = widening and moved * direction >= 0
-            ratio, best, direction = wanted, loss if wanted == target else math.inf, moved
-        elif blind and upwards:  # up to the limit nothing was seen: it may be that the loss has saturated
-            ratio, power, direction, widening, upwards = 1.0, 1, 0.0, True, False
-        elif power > 1:
-            widening = False
-        else:
-            return Found(min(max(_vertex(ratio, best, losses), lowest), highest), seen, rounds)
+        factor = (max(seen.factors) / ratio) ** (1 / power)
+        losses = (-seen.losses if maximize else seen.losses).tolist()
+        known.update(zip(seen.factors, (x if math.isfinite(x) else math.inf for x in losses), strict=True))
+        best = _best(known)
+        unseen = _are_equal(known.values(), seen.precision)
         if rounds == _MAX_ROUNDS:
-            return Found(ratio, seen, rounds)
-        power = min(2 * power, _WIDEST) if widening else max(power // 2, 1)
+            break
+        if not unseen and best != centre and lowest <= best <= highest:  # better: go on from there
+            power = min(2 * power, _WIDEST) if best in (min(known), max(known)) else max(power // 2, 1)
+            ratio = centre = best
+        elif not unseen and ratio == centre and power > 1:  # no better: look closer
+            power //= 2
+        elif factor > 1 and max(known) < highest and not _has_risen(known, best):  # it may be, further up
+            ratio, power = max(known) * factor ** (3 * leap), leap
+            leap = min(2 * leap, _WIDEST // 2)
+        elif factor > 1 and unseen and min(known) > lowest:  # or further down, if the loss has saturated
+            ratio, power = min(known) / factor ** (3 * leap), leap
+        else:
+            break
+        rounds += 1
+    return Found(min(max(_vertex(known, best), lowest), highest), seen, rounds, unseen)
 
 
-def _vertex(ratio: float, loss: float, around: Mapping[float, float]) -> float:
-    """Return where a parabola through the losses at a ratio and at its neighbours is lowest.
-
-    Args:
-        ratio: whose loss is the lowest.
-        loss: the one there.
-        around: the losses at other ratios.
-    """
-    below = max((other for other in around if other < ratio), default=ratio)
-    above = min((other for other in around if other > ratio), default=ratio)
-    if ratio in (below, above) or not math.isfinite(loss + around[below] + around[above]):
-        return ratio
-    down, up = ratio - below, above - ratio
-    falls, rises = (around[below] - loss) / down, (around[above] - loss) / up
-    if falls < 0 or rises < 0 or falls + rises == 0:
-        return ratio
-    return ratio + (falls * up - rises * down) / (2 * (falls + rises))
+def _best(known: Mapping[float, float]) -> float:
+    """Return the ratio with the lowest loss; of equals, the least likely to be too low, or too high, to be seen."""
+    return min(known, key=lambda ratio: (known[ratio], ratio if known[ratio] == math.inf else -ratio))
 
 
-def is_unseen(seen: Look) -> bool:
-    """Whether all losses are finite and differ by rounding at most: the candidates are too close to each other."""
-    losses = seen.losses
-    spread = losses.amax() - losses.amin()
-    return bool(losses.isfinite().all() & (spread <= 2 * seen.precision * losses.abs().amax()))
+def _are_equal(losses: Iterable[float], precision: float) -> bool:
+    """Whether losses are finite and differ by rounding at most: the candidates are too close to each other."""
+    low, high = min(losses), max(losses)
+    return math.isfinite(high) and high - low <= 2 * precision * max(abs(low), abs(high))
+
+
+def _has_risen(known: Mapping[float, float], best: float) -> bool:
+    """Whether a loss further up is above the lowest by more than noise."""
+    rise = _NOISE * abs(known[best])
+    return any(loss - known[best] > rise for ratio, loss in known.items() if ratio > best)
+
+
+def _vertex(known: Mapping[float, float], best: float) -> float:
+    """Return where a parabola through the lowest loss and its neighbours' is lowest."""
+    below = max((other for other in known if other < best), default=best)
+    above = min((other for other in known if other > best), default=best)
+    if best in (below, above):
+        return best
+    down, up = best - below, above - best
+    falls, rises = (known[below] - known[best]) / down, (known[above] - known[best]) / up
+    shift = (falls * up - rises * down) / (2 * (falls + rises)) if falls + rises else 0.0
+    return best + shift if math.isfinite(shift) else best
 
 
 def steady_state(optimizer: torch.optim.Optimizer, warm: bool) -> float:

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 __all__ = ["Copies"]
 
+_BATCHED = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool}
+)
+
 
 class Copies:
     """What tensors hold as it is made.
@@ -31,27 +35,33 @@ class Copies:
 
     @torch.no_grad()
     def __init__(self, tensors: Sequence[Tensor]):
-        self.values = [torch.empty_like(tensor) for tensor in tensors]
-        groups: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
-        for tensor, value in zip(tensors, self.values, strict=True):
-            # What a subclass does with many tensors at once is its own affair.
-            alone = None if type(tensor) in (Tensor, nn.Parameter) else id(tensor)
-            originals, values = groups.setdefault((tensor.device, tensor.dtype, alone), ([], []))
-            originals.append(tensor)
-            values.append(value)
+        self.values: list[Tensor] = []
+        self._alone: list[tuple[Tensor, Tensor]] = []
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for tensor in tensors:
+            if _can_be_batched(tensor):
+                value = torch.empty_like(tensor)
+                originals, values = groups.setdefault((tensor.device, tensor.dtype), ([], []))
+                originals.append(tensor)
+                values.append(value)
+            else:
+                value = tensor.detach().clone()
+                self._alone.append((tensor, value))
+            self.values.append(value)
         self._groups = list(groups.values())
         for originals, values in self._groups:
-            _copy(originals, values)
+            torch._foreach_copy_(values, originals)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the values back where they were."""
         for originals, values in self._groups:
-            _copy(values, originals)
+            torch._foreach_copy_(originals, values)
+        for original, value in self._alone:
+            original.copy_(value)
 
 
-def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
-    if len(sources) == 1:
-        targets[0].copy_(sources[0])
-    else:
-        torch._foreach_copy_(targets, sources)
+def _can_be_batched(tensor: Tensor) -> bool:
+    """Whether torch copies many like it by one call, on any device."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _BATCHED
+    return plain and not (tensor.is_conj() or tensor.is_neg())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections import deque
@@ -147,7 +148,7 @@ class ModuleStates:
             containers.append(attributes)
             own = [value for name, value in attributes.items() if name not in _TORCHS_OWN]
             _collect([module._parameters, module._buffers, *own], containers, tensors)
-        self._containers = [(live, dict(live) if isinstance(live, dict) else list(live)) for live in containers]
+        self._containers = [(live, copy.copy(live)) for live in containers]
         self._parameters = [
             (parameter, parameter.requires_grad, parameter.data)
             for module in modules
@@ -180,7 +181,7 @@ def _collect(values: Iterable[Any], containers: list[Any], tensors: dict[int, Te
     for value in values:
         if type(value) in _PLAIN:
             continue
-        inside: Iterable[Any] = ()
+        inside: Iterable[Any] | None = None
         if isinstance(value, Tensor):
             if _is_writable(value):
                 tensors[id(value)] = value
@@ -191,15 +192,18 @@ def _collect(values: Iterable[Any], containers: list[Any], tensors: dict[int, Te
             inside = value
         elif type(value).__name__ == "OrderedDictWrapper":  # the dicts of a scripted module are none
             inside = value.values()
-        if depth and inside:
+        if depth and inside is not None:
             _collect(inside, containers, tensors, depth - 1)
 
 
-def _holds_the_same(live: Any, saved: dict[Any, Any] | list[Any]) -> bool:
-    """Whether a container holds the very objects, in the same order, that it held."""
-    if len(live) != len(saved) or not all(map(is_, live, saved)):
+def _holds_the_same(live: Any, saved: Any) -> bool:
+    """Whether a container holds the very objects that its copy holds."""
+    if len(live) != len(saved):
         return False
-    return not isinstance(saved, dict) or all(map(is_, live.values(), saved.values()))
+    if isinstance(live, set):
+        return set(map(id, live)) == set(map(id, saved))
+    same = all(map(is_, live, saved))
+    return same and (not isinstance(live, dict) or all(map(is_, live.values(), saved.values())))
 
 
 def _is_writable(tensor: Tensor) -> bool:

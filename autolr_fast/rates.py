@@ -50,8 +50,8 @@ class Rates:
         self._optimizer = optimizer
         self._annealing = annealing
         self._total_steps = total_steps
-        self._min_lr = min_lr
-        self._max_lr = max_lr
+        self._min_lr = float(min_lr)
+        self._max_lr = float(max_lr)
         groups = optimizer.param_groups
         rates = [group["lr"] for group in groups]
         self.base: list[float] = []
@@ -74,7 +74,7 @@ class Rates:
         fraction = min(1.0, step / self._total_steps)
         multiplier = self._annealing(fraction)
         check_multiplier(self._annealing, fraction, multiplier)
-        return multiplier
+        return float(multiplier)
 
     def annealed(self, step: int) -> Tensor | float:
         """Return the level after ``step`` optimizer steps, annealed and within the limits.
@@ -82,12 +82,8 @@ class Rates:
         Returns:
             A number if the level is on the CPU, where one is had at a tenth of the time; else 0-dim.
         """
-        high = (
-            self.level * self.settled
-            if self.level.device.type != "cpu"
-            else self.level.item() * self.settled.item()
-        )
-        return _within(high * self.multiplier(step), *self.limits)
+        level, settled = (each.item() if each.is_cpu else each for each in (self.level, self.settled))
+        return _within(level * settled * self.multiplier(step), *self.limits)
 
     def set_level(self, level: Tensor | float) -> None:
         """Set the level, held inside the limits."""

@@ -22,7 +22,7 @@ from .arguments import (
     check_optimizer,
     check_windows,
 )
-from .calibration import Look, is_unseen, search, steady_state
+from .calibration import Look, search, steady_state
 from .candidates import GradientLine, Line, candidate_parameters, live_rows
 from .distributed import ProcessGroup, is_sharded, mean_over_ranks
 from .evaluators import Evaluator, resolve_evaluator
@@ -394,13 +394,12 @@ class AutoLR(LRScheduler):
         taken = float(self._rates.annealed(max(self.last_epoch, 0)))
         scratch = self._rates.level.clone()  # the level moves once, when the search has ended
         lowest, highest = (limit / taken for limit in self._rates.limits)
-        ratio, seen, rounds = search(
+        ratio, seen, rounds, unseen = search(
             lambda ratio, power: self._look(line, tuple(ratio * f**power for f in self.factors), closure, scratch),
             lowest,
             highest,
             maximize=self._maximizes,
         )
-        unseen = is_unseen(seen)
         if unseen or not seen.losses.isfinite().any():
             cause = (
                 "the loss is the same at every scale of the step. If the closure returns one that was computed "

@@ -272,7 +272,7 @@ def test_which_backend_really_runs(backend, evaluator, monkeypatch):
         assert set(seen.names) == {f"stack_candidates.{backend}", f"score.{backend}"}
     # after the first probe, which checks the model: one launch writes all rows
     assert seen.names.count(f"stack_candidates.{backend}") == (
-        1 if evaluator == "stacked" else len(scheduler.factors) + 1
+        1 if evaluator == "stacked" else len(scheduler.factors)
     )
 
 

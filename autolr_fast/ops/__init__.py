@@ -344,7 +344,7 @@ def _check_count(name: str, values: Sequence[float]) -> list[float]:
     return [float(value) for value in values]
 
 
-def _said(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
+def _describe(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
     return f"{dtype} {list(shape)} on {device}"
 
 
@@ -361,12 +361,14 @@ def _check_tensors(count: int, flat: dict[str, Sequence[Tensor]], stacked: dict[
             raise ValueError(f"{name} has {len(tensors)} tensors and {model_name} {len(model)}: give one for each")
         expected = rows if name in stacked else kinds
         found = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-        if found != expected:
-            index = next(i for i in range(len(found)) if found[i] != expected[i])
-            raise ValueError(
-                f"{name}[{index}] is {_said(*found[index])}: expected {_said(*expected[index])}, "
-                f"like {model_name}[{index}]"
-            )
+        if found == expected:
+            continue
+        for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+            if one != other:
+                raise ValueError(
+                    f"{name}[{index}] is {_describe(*one)}: expected {_describe(*other)}, "
+                    f"like {model_name}[{index}]"
+                )
     for index, tensor in enumerate(model):
         if not tensor.is_floating_point():
             raise TypeError(
