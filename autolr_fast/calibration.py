@@ -18,15 +18,16 @@ _CAUTION = 1 / 3  # the level after the first step, at most, in units of the rat
 
 
 class Look(NamedTuple):
-    """One evaluation of all candidates: N factors, losses [N], weights [N], and the 0-dim factor they give.
+    """One evaluation of all candidates.
 
-    ``precision`` is the relative rounding error of the losses.
+    Attributes:
+        factors: N of the step that was taken.
+        losses: [N] float64.
+        precision: the relative rounding error of the losses.
     """
 
     factors: Sequence[float]
     losses: Tensor
-    weights: Tensor
-    factor: Tensor
     precision: float
 
 
@@ -64,7 +65,7 @@ def search(look: Callable[[float, int], Look], lowest: float, highest: float, *,
         >>> def look(ratio, power):  # the best ratio is 8000
         ...     factors = (ratio * 2**power, ratio / 2**power)
         ...     losses = torch.tensor([(factor / 8000 - 1) ** 2 for factor in factors])
-        ...     return Look(factors, losses, torch.ones(2), torch.tensor(1.0), 1e-7)
+        ...     return Look(factors, losses, precision=1e-7)
         >>> found = search(look, 1e-6, 1e6)
         >>> round(found.ratio), found.rounds
         (8000, 7)

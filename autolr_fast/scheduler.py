@@ -344,13 +344,15 @@ class AutoLR(LRScheduler):
         if self._searched or now > self._cadence.calibrate:
             level = self._rates.level
             before, exponent = level.clone(), self._rates.multiplier(now)
-            rounds, seen = 1, self._look(line, self.factors, closure, level, exponent)
+            rounds, seen = 1, self._look(line, self.factors, closure)
+            weights, factor = self._follow(seen.losses, level, exponent)
             loss = seen.losses[self._unscaled]
             falls = self._guard.hold(-loss if self._maximizes else loss, level)
             if self._settles:
                 self._rates.settle(before, falls)
         else:
-            rounds, seen = self._search(line, closure)
+            rounds, seen, factor = self._search(line, closure)
+            weights, _ = self._follow(seen.losses, self._rates.level.clone())  # the level is where the search ended
         self._probed_step = now
         self._snapshots.drop_used()
         self._rates.apply(now)
@@ -359,18 +361,16 @@ class AutoLR(LRScheduler):
             window=line.window,
             factors=tuple(seen.factors),
             losses=seen.losses,
-            weights=seen.weights,
-            factor=seen.factor,
+            weights=weights,
+            factor=factor,
             lr_before=lr_before,
             lr_after=self._rates.current(),
             evaluator=self.evaluator.name,
             rounds=rounds,
         )
 
-    def _look(
-        self, line: Line, factors: Sequence[float], closure: Closure, level: Tensor, exponent: float = 1.0
-    ) -> Look:
-        """Evaluate the candidates, and move the level by what they say."""
+    def _look(self, line: Line, factors: Sequence[float], closure: Closure) -> Look:
+        """Evaluate candidates."""
         with self._snapshots.refusing_steps():
             if not self._repeatable:
                 check_repeatable(self.model, closure)
@@ -378,24 +378,27 @@ class AutoLR(LRScheduler):
             losses = self.evaluator.losses(self.model, line, factors, closure)
         precision = torch.finfo(losses.dtype).eps
         losses = mean_over_ranks(losses.double(), self.process_group).to(self._rates.level.device)
+        return Look(factors, losses, precision)
+
+    def _follow(self, losses: Tensor, level: Tensor, exponent: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Move the level by what the losses at the factors say; return their weights [N] and factor, 0-dim."""
         wanted = -losses if self._maximizes else losses
         lowest, highest = self._rates.limits
         if isinstance(self._normalize, str) and isinstance(self._score, str):
             rule = self._normalize  # there is one score with a name, and the operator computes it
-            weights, factor = ops.score(
+            return ops.score(
                 wanted, self.factors, level, normalize=rule, exponent=exponent, lowest=lowest, highest=highest
             )
-        else:
-            weights, factor = weigh(wanted, self.factors, *self._rules)
-            level.mul_(factor**exponent).clamp_(lowest, highest)
-        return Look(factors, losses, weights, factor, precision)
+        weights, factor = weigh(wanted, self.factors, *self._rules)
+        level.mul_(factor**exponent).clamp_(lowest, highest)
+        return weights, factor
 
-    def _search(self, line: Line, closure: Closure) -> tuple[int, Look]:
+    def _search(self, line: Line, closure: Closure) -> tuple[int, Look, Tensor]:
+        """Find the first level; return the rounds that took, the last look, and the factor to what was taken."""
         taken = float(self._rates.annealed(max(self.last_epoch, 0)))
-        scratch = self._rates.level.clone()  # the level moves once, when the search has ended
         lowest, highest = (limit / taken for limit in self._rates.limits)
         ratio, seen, rounds, unseen = search(
-            lambda ratio, power: self._look(line, tuple(ratio * f**power for f in self.factors), closure, scratch),
+            lambda ratio, power: self._look(line, tuple(ratio * f**power for f in self.factors), closure),
             lowest,
             highest,
             maximize=self._maximizes,
@@ -413,14 +416,14 @@ class AutoLR(LRScheduler):
                 f"the first {self._cadence.calibrate} steps tries again.",
                 depth=4,
             )
-            return rounds, seen._replace(factor=torch.ones_like(seen.factor))
+            return rounds, seen, torch.ones_like(self._rates.level)
         if line.window and ratio != 1.0:
             for index, row in enumerate(live_rows(line.parameters)):  # one by one: no copy of all is made
                 line.write_one(ratio, row[0].clone(), row[0], index)
             self._snapshots.retake(ratio)
         self._rates.set_level(taken * ratio * steady_state(self.optimizer, self._snapshots.warm))
         self._searched = True
-        return rounds, seen._replace(factor=torch.full_like(seen.factor, ratio))
+        return rounds, seen, torch.full_like(self._rates.level, ratio)
 
     def _apply(self) -> None:
         self._rates.apply(self.last_epoch)

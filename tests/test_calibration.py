@@ -191,7 +191,7 @@ def look_at(loss_of, factors=FACTORS_2, precision=1e-12):
         asked.append(ratio)
         candidates = tuple(ratio * factor**power for factor in factors)
         losses = torch.tensor([loss_of(candidate) for candidate in candidates], dtype=torch.float64)
-        return Look(candidates, losses, torch.ones(len(factors)), torch.tensor(1.0), precision)
+        return Look(candidates, losses, precision)
 
     return look, asked
 
@@ -346,6 +346,6 @@ def test_a_start_where_the_loss_has_saturated_is_calibrated():
 def test_losses_too_close_to_tell(losses, precision, unseen):
     def look(ratio, power):
         candidates = tuple(ratio * factor**power for factor in FACTORS_3)
-        return Look(candidates, torch.tensor(losses, dtype=torch.float64), None, None, precision)
+        return Look(candidates, torch.tensor(losses, dtype=torch.float64), precision)
 
     assert search(look, 1e-9, 1e9).unseen is unseen

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR
 from autolr_fast.calibration import Look, steady_state
@@ -41,13 +41,13 @@ class Started(AutoLR):
         self._caution = caution
         self._power = power
 
-    def _search(self, line: Line, closure: Closure) -> tuple[int, Look]:
-        rounds, seen = super()._search(line, closure)
+    def _search(self, line: Line, closure: Closure) -> tuple[int, Look, Tensor]:
+        found = super()._search(line, closure)
         if self._searched:
             momentum = self.optimizer.param_groups[0].get("momentum", 0.0)
             ratio = self._caution * (1 - momentum) ** self._power / steady_state(self.optimizer, warm=False)
             self._rates.set_level(self._rates.level * ratio)
-        return rounds, seen
+        return found
 
 
 class Leashed(AutoLR):
@@ -98,7 +98,7 @@ class Combined(AutoLR):
             line = self._snapshots.line(self.optimizer, span, names)
             if line is not None:
                 scratch = torch.ones_like(self._rates.level)
-                self._look(line, self.factors, closure, scratch)
+                self._follow(self._look(line, self.factors, closure).losses, scratch)
                 said.append(math.log(scratch.item()))
         moved = self._combine(said) * self._rates.multiplier(now)
         self._rates.set_level(self._rates.level * math.exp(moved))
