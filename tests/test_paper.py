@@ -121,7 +121,8 @@ def test_the_first_steps_are_calibrated(run):
     rows = run("--calibrate", "2", "--every", "5", "--factors", "wide")
     probes = [row["probe"] for row in rows if "probe" in row]
     assert [probe["step"] for probe in probes] == [1, 2, 5]
-    assert probes[0]["rounds"] > 1
+    found = probes[0]["lr_before"] * probes[0]["factor"]
+    assert probes[0]["lr_after"] == pytest.approx(found / 3)  # where calibration has the next step start
     assert probes[2]["factors"] == [64, 16, 4, 1, 1 / 4, 1 / 16, 1 / 64]
 
 
