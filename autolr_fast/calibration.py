@@ -39,12 +39,14 @@ class Found(NamedTuple):
         seen: the last look.
         rounds: looks in all.
         unseen: whether all losses were the same, so that nothing was found.
+        lowest: the lowest loss seen (negated, of what is maximized), infinite if none was finite.
     """
 
     ratio: float
     seen: Look
     rounds: int
     unseen: bool
+    lowest: float
 
 
 def search(look: Callable[[float, int], Look], lowest: float, highest: float, *, maximize: bool = False) -> Found:
@@ -95,7 +97,7 @@ def search(look: Callable[[float, int], Look], lowest: float, highest: float, *,
         else:
             break
         rounds += 1
-    return Found(min(max(_vertex(known, best), lowest), highest), seen, rounds, unseen)
+    return Found(min(max(_vertex(known, best), lowest), highest), seen, rounds, unseen, known[best])
 
 
 def _best(known: Mapping[float, float]) -> float:

@@ -397,13 +397,13 @@ class AutoLR(LRScheduler):
         """Find the first level; return the rounds that took, the last look, and the factor to what was taken."""
         taken = float(self._rates.annealed(max(self.last_epoch, 0)))
         lowest, highest = (limit / taken for limit in self._rates.limits)
-        ratio, seen, rounds, unseen = search(
+        ratio, seen, rounds, unseen, loss = search(
             lambda ratio, power: self._look(line, tuple(ratio * f**power for f in self.factors), closure),
             lowest,
             highest,
             maximize=self._maximizes,
         )
-        if unseen or not seen.losses.isfinite().any():
+        if unseen or loss == math.inf:
             cause = (
                 "the loss is the same at every scale of the step. If the closure returns one that was computed "
                 "before, let it compute it anew, as in scheduler.step(lambda: loss_fn(model(x), y)); else the step "

@@ -137,6 +137,22 @@ def test_calibration_of_a_loss_that_is_never_finite_waits():
     assert optimizer.param_groups[0]["lr"] > 1e-2
 
 
+def test_calibration_next_to_where_no_loss_is_finite():
+    """That the last look saw nothing finite does not take away what the others saw; the best rate here is 1."""
+    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([1.0], dtype=torch.float64))})
+    optimizer = sgd(model, lr=1.0)
+
+    def loss_of(model):
+        loss = 100 + model["w"].square().sum() / 2  # it rises too little to be no noise, and then too far
+        return torch.where(model["w"].abs().max() > 1.2, math.inf, loss)
+
+    scheduler = AutoLR(optimizer, model, calibrate=1, every=None, evaluator="inplace")
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+    assert not scheduler.last_probe.losses.isfinite().any()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 3)
+
+
 def test_calibration_recovers_from_a_rate_that_ruins():
     model, loss_of = problem("mlp")
     optimizer = sgd(model, lr=1e3)
@@ -201,7 +217,7 @@ def look_at(loss_of, factors=FACTORS_2, precision=1e-12):
 def test_search_finds_where_the_loss_is_lowest(best, factors):
     """A parabola is met exactly, from wherever it starts."""
     look, asked = look_at(lambda ratio: (ratio / best - 1) ** 2, factors)
-    ratio, _, rounds, unseen = search(look, 1e-9, 1e9)
+    ratio, _, rounds, unseen, _ = search(look, 1e-9, 1e9)
     assert ratio == pytest.approx(best, rel=1e-6)
     assert asked[0] == 1.0
     assert len(asked) == rounds <= 12
@@ -224,7 +240,7 @@ def test_search_comes_down_from_where_no_loss_is_finite(ruined):
 def test_search_leaves_where_all_losses_are_equal(best):
     """Too low to be seen at first, or so high that the loss has saturated."""
     look, _ = look_at(lambda ratio: min((ratio / best - 1) ** 2, 4.0), precision=1e-4)
-    ratio, _, rounds, unseen = search(look, 1e-9, 1e9)
+    ratio, _, rounds, unseen, _ = search(look, 1e-9, 1e9)
     assert ratio == pytest.approx(best, rel=1e-6)
     assert rounds < 20
     assert not unseen
@@ -256,7 +272,7 @@ def test_search_of_losses_of_eight_bits_ends_in_their_flat_bottom(best):
             return round(128 * (2 + (ratio / best - 1) ** 2) + off) / 128
 
         look, _ = look_at(loss_of, precision=2**-9)
-        ratio, _, rounds, unseen = search(look, 1e-9, 1e9)
+        ratio, _, rounds, unseen, _ = search(look, 1e-9, 1e9)
         assert ratio == pytest.approx(best, rel=0.25)
         assert rounds < 20
         assert not unseen
