@@ -22,7 +22,6 @@ __all__ = [
     "StepLine",
     "candidate_parameters",
     "dense_strides",
-    "live_rows",
 ]
 
 
@@ -79,12 +78,11 @@ class Line(Protocol):
     parameters: list[nn.Parameter]
     window: int
 
-    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
-        """Write the candidates of N factors.
+    def writer(self, now: Sequence[Tensor], rows: Sequence[Tensor]) -> ops.Writer:
+        """Return a function that writes the candidates of N factors.
 
         Args:
-            factors: N scales of the step.
-            now: P tensors, the (local) parameters as training left them.
+            now: P tensors, the (local) parameters as training left them; they stay as they are between calls.
             rows: P tensors ``[N, *shape]``, written in place.
         """
 
@@ -120,20 +118,23 @@ class StepLine:
 
     def __init__(self, prev: Mapping[nn.Parameter, Tensor], names: Mapping[nn.Parameter, str], window: int):
         for parameter, before in prev.items():
-            now = (list(parameter.shape), parameter.dtype, parameter.device)
-            then = (list(before.shape), before.dtype, before.device)
+            now, then = (
+                (parameter.shape, parameter.dtype, parameter.device),
+                (before.shape, before.dtype, before.device),
+            )
             if now != then:
+                was, is_now = ((list(shape), *kind) for shape, *kind in (then, now))
                 raise RuntimeError(
-                    f"parameter {names[parameter]!r} was {then} before the step and is {now} now: move or "
+                    f"parameter {names[parameter]!r} was {was} before the step and is {is_now} now: move or "
                     "convert the model before training, not between optimizer.step() and scheduler.step()"
                 )
         self.parameters = list(prev)
         self.window = window
         self._prev = [local(before) for before in prev.values()]
 
-    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
-        """Write ``prev + f * (now - prev)``; see :class:`Line`."""
-        ops.stack_candidates(self._prev, now, factors, rows)
+    def writer(self, now: Sequence[Tensor], rows: Sequence[Tensor]) -> ops.Writer:
+        """Return what writes ``prev + f * (now - prev)``; see :class:`Line`."""
+        return ops.candidate_writer(self._prev, now, rows)
 
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
         """Write one parameter of one candidate; see :class:`Line`."""
@@ -192,9 +193,9 @@ class GradientLine:
         rates = [torch.as_tensor(group["lr"], dtype=torch.float64, device=device).reshape(()) for group in groups]
         self._rates = torch.stack([rates[group_of[parameter]] for parameter in trained])
 
-    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
-        """Write ``now - f * lr * grad``; see :class:`Line`."""
-        ops.stack_gradient_candidates(now, self._gradients, self._rates, factors, rows)
+    def writer(self, now: Sequence[Tensor], rows: Sequence[Tensor]) -> ops.Writer:
+        """Return what writes ``now - f * lr * grad``; see :class:`Line`."""
+        return ops.gradient_candidate_writer(now, self._gradients, self._rates, rows)
 
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
         """Write one parameter of one candidate; see :class:`Line`."""
@@ -208,11 +209,6 @@ class GradientLine:
     def direction(self, index: int, now: Tensor, out: Tensor | None = None) -> Tensor:
         """Return ``-lr * grad``; see :class:`Line`."""
         return torch.mul(self._gradients[index], -self._rates[index].to(now.device, now.dtype), out=out)
-
-
-def live_rows(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Return the (local) parameters as stacked tensors of one row, ``[1, *shape]``, of the same memory."""
-    return [local(parameter).unsqueeze(0) for parameter in parameters]
 
 
 class StackedBuffer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -37,11 +38,12 @@ class Copies:
     def __init__(self, tensors: Sequence[Tensor]):
         self.values: list[Tensor] = []
         self._alone: list[tuple[Tensor, Tensor]] = []
-        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]
+        groups = defaultdict(lambda: ([], []))
         for tensor in tensors:
             if _can_be_batched(tensor):
                 value = torch.empty_like(tensor)
-                originals, values = groups.setdefault((tensor.device, tensor.dtype), ([], []))
+                originals, values = groups[tensor.device, tensor.dtype]
                 originals.append(tensor)
                 values.append(value)
             else:
@@ -64,4 +66,4 @@ class Copies:
 def _can_be_batched(tensor: Tensor) -> bool:
     """Whether torch copies many like it by one call, on any device."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _BATCHED
-    return plain and not (tensor.is_conj() or tensor.is_neg())
+    return plain and not tensor.is_neg()

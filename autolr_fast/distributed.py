@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -44,10 +45,10 @@ def local(tensor: Tensor) -> Tensor:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether :func:`torch.distributed.fsdp.fully_shard` was applied to the model or a part of it."""
-    return bool(sharded_modules(model))
+    return bool(sharded_modules(model.modules()))
 
 
-def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """Return the modules that :func:`torch.distributed.fsdp.fully_shard` was applied to."""
+def sharded_modules(modules: Iterable[nn.Module]) -> list[FSDPModule]:
+    """Return those of the modules that :func:`torch.distributed.fsdp.fully_shard` was applied to."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a sharded model has imported it
-    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)] if fsdp else []
+    return [module for module in modules if isinstance(module, fsdp.FSDPModule)] if fsdp else []

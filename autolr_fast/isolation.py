@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from operator import is_
+from itertools import chain
+from operator import is_, methodcaller
 from typing import Any
 
 import torch
@@ -67,14 +68,15 @@ class Isolation:
         self._model = model
 
     def __enter__(self) -> Isolation:
-        self._modules = ModuleStates(self._model)
+        modules = list(self._model.modules())
+        self._modules = ModuleStates(modules)
         self._random = RandomStreams()
-        parameters = list(self._model.parameters())
+        parameters = self._modules.parameters
         self._gradients = [(parameter, parameter.grad) for parameter in parameters]
         self._frozen = _copies_of_frozen(parameters)
         for parameter in parameters:
             parameter.grad = None
-        self._sharded = sharded_modules(self._model)
+        self._sharded = sharded_modules(modules)
         self._reshard()
         return self
 
@@ -135,41 +137,68 @@ class ModuleStates:
     """What the modules of a model held when it was made: attributes, also in containers, and values of tensors.
 
     Args:
-        model: with all its submodules.
+        modules: a model and all its submodules.
+
+    Attributes:
+        parameters: of all the modules, each once.
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module):
-        modules = list(model.modules())
+    def __init__(self, modules: Sequence[nn.Module]):
         containers: list[Any] = []
         tensors: dict[int, Tensor] = {}
         for module in modules:
             attributes = vars(module)
             containers.append(attributes)
+            if isinstance(module._parameters, dict):  # that of a scripted module is none
+                containers.append(module._parameters)
             own = [value for name, value in attributes.items() if name not in _TORCHS_OWN]
-            _collect([module._parameters, module._buffers, *own], containers, tensors)
-        self._containers = [(live, copy.copy(live)) for live in containers]
+            _collect([module._buffers, *own], containers, tensors)
+        self._containers = containers
+        self._copies = [copy.copy(live) for live in containers]
+        self._dicts = [live for live in containers if isinstance(live, dict)]
+        self._held = self._lengths(), list(self._keys()), list(self._dict_values())
+        held = (parameter for module in modules for parameter in module._parameters.values())
+        self.parameters = list(dict.fromkeys(parameter for parameter in held if parameter is not None))
         self._parameters = [
-            (parameter, parameter.requires_grad, parameter.data)
-            for module in modules
-            for parameter in module._parameters.values()
-            if parameter is not None
+            (parameter, parameter.requires_grad, parameter.data_ptr(), parameter.data)
+            for parameter in self.parameters
         ]
         self._values = Copies(list(tensors.values()))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put them back."""
-        for live, saved in self._containers:
-            if not _holds_the_same(live, saved):
-                live.clear()
-                live.extend(saved) if isinstance(live, (list, deque)) else live.update(saved)
-        for parameter, flag, data in self._parameters:
-            if parameter.data_ptr() != data.data_ptr():
+        if not self._hold_the_same():
+            for live, saved in zip(self._containers, self._copies, strict=True):
+                if not _holds_the_same(live, saved):
+                    live.clear()
+                    live.extend(saved) if isinstance(live, (list, deque)) else live.update(saved)
+        for parameter, flag, address, data in self._parameters:
+            if parameter.data_ptr() != address:
                 parameter.data = data
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
         self._values.restore()
+
+    def _hold_the_same(self) -> bool:
+        """Whether all containers hold the very objects that they held, as nearly always: in one pass, for speed."""
+        lengths, keys, values = self._held
+        return (
+            self._lengths() == lengths
+            and all(map(is_, self._keys(), keys))
+            and all(map(is_, self._dict_values(), values))
+        )
+
+    def _lengths(self) -> list[int]:
+        return list(map(len, self._containers))
+
+    def _keys(self) -> Iterator[Any]:
+        """Return the keys of the dicts, and what the others contain."""
+        return chain.from_iterable(self._containers)
+
+    def _dict_values(self) -> Iterator[Any]:
+        return chain.from_iterable(map(methodcaller("values"), self._dicts))
 
 
 _TORCHS_OWN = frozenset(vars(nn.Module()))
@@ -208,7 +237,9 @@ def _holds_the_same(live: Any, saved: Any) -> bool:
 
 def _is_writable(tensor: Tensor) -> bool:
     """Whether in-place operations take the tensor; one that they refuse does not change."""
-    if isinstance(tensor, nn.Parameter) or tensor.layout != torch.strided:  # parameters are kept elsewhere
+    if (
+        type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)
+    ) or tensor.layout != torch.strided:  # parameters are kept elsewhere
         return False
     strides = tensor.stride()
     expanded = 0 in strides and any(s == 0 and size > 1 for s, size in zip(strides, tensor.shape, strict=True))
@@ -221,6 +252,8 @@ def _copies_of_frozen(parameters: Sequence[nn.Parameter]) -> Copies:
     A model of which little is trained, such as one with adapters, has none and could not afford the copy.
     """
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    if not frozen:
+        return Copies([])
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return Copies([] if sum(parameter.numel() for parameter in frozen) > trained else frozen)
 

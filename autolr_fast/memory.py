@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cache
 
 import torch
+from torch import Tensor
 
-__all__ = ["check_max_memory", "free_memory", "is_out_of_memory"]
+__all__ = ["SMALL", "are_small", "check_max_memory", "free_memory", "is_out_of_memory"]
+
+SMALL = 16 << 20
+"""Bytes that count for little on any device."""
+_SMALL_SHARE = 0.01  # of a GPU's memory
 
 
 def check_max_memory(max_memory: int | None) -> int | None:
@@ -29,6 +37,20 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return sys.maxsize
+
+
+def are_small(tensors: Iterable[Tensor]) -> bool:
+    """Whether a copy of the tensors costs little: 16 MiB at most, or on a GPU a hundredth of its memory."""
+    sizes: dict[torch.device, int] = defaultdict(int)
+    for tensor in tensors:
+        sizes[tensor.device] += tensor.numel() * tensor.element_size()
+    return all(size <= SMALL or size <= _SMALL_SHARE * _gpu_memory(device) for device, size in sizes.items())
+
+
+@cache
+def _gpu_memory(device: torch.device) -> int:
+    """Return the bytes that a GPU has; 0 of another device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:

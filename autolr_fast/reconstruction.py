@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import ops
+from .memory import are_small
 
-__all__ = ["SMALL", "StateLine", "sample", "tells"]
-
-SMALL = 16 << 20
-"""Bytes of parameters up to which a copy of them costs less than telling."""
+__all__ = ["StateLine", "sample", "tells"]
 
 _SAMPLES = 64  # elements of a parameter that are kept to compare with
 _TOLERANCE = 1e-3  # of a step
@@ -27,13 +25,13 @@ def tells(optimizer: Optimizer, window: int) -> bool:
     So it is for SGD's last step, and last two with momentum (not Nesterov's, which needs the gradient before), and
     for the last one of Adam and AdamW (not AMSGrad; an element's first gradient cancels out of the second moment
     before it, up to an error that is no longer small beside it); with learning rates that are numbers and
-    parameters of 32 or 64 bits. Parameters of no more than :data:`SMALL` bytes are not worth it.
+    parameters of 32 or 64 bits. Where a copy of all parameters costs little it is not worth it.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return (
         type(optimizer) in (SGD, Adam, AdamW)
         and all(_is_told(group, window) for group in optimizer.param_groups)
-        and sum(parameter.numel() * parameter.element_size() for parameter in parameters) > SMALL
+        and not are_small(parameters)
     )
 
 
@@ -91,13 +89,16 @@ class StateLine:
         groups = enumerate(optimizer.param_groups)
         self._groups = {parameter: index for index, group in groups for parameter in group["params"]}
 
-    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
-        """Write ``now + (f - 1) * step``; see :class:`~autolr_fast.candidates.Line`."""
-        for index, (value, out) in enumerate(zip(now, rows, strict=True)):
-            step, scale = self._step(index, value)
-            ops.stack_gradient_candidates(
-                [value], [step], _rate(scale, value), [1 - factor for factor in factors], [out]
-            )
+    def writer(self, now: Sequence[Tensor], rows: Sequence[Tensor]) -> ops.Writer:
+        """Return what writes ``now + (f - 1) * step``; see :class:`~autolr_fast.candidates.Line`."""
+
+        def write(factors: Sequence[float]) -> None:
+            scales = [1 - factor for factor in factors]
+            for index, (value, out) in enumerate(zip(now, rows, strict=True)):
+                step, scale = self._step(index, value)
+                ops.stack_gradient_candidates([value], [step], _rate(scale, value), scales, [out])
+
+        return write
 
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
         """Write one parameter of one candidate; see :class:`~autolr_fast.candidates.Line`."""

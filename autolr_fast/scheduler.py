@@ -23,8 +23,8 @@ from .arguments import (
     check_windows,
 )
 from .calibration import Look, search, steady_state
-from .candidates import GradientLine, Line, candidate_parameters, live_rows
-from .distributed import ProcessGroup, is_sharded, mean_over_ranks
+from .candidates import GradientLine, Line, candidate_parameters
+from .distributed import ProcessGroup, is_sharded, local, mean_over_ranks
 from .evaluators import Evaluator, resolve_evaluator
 from .guard import Guard
 from .isolation import Closure, check_repeatable
@@ -418,8 +418,8 @@ class AutoLR(LRScheduler):
             )
             return rounds, seen, torch.ones_like(self._rates.level)
         if line.window and ratio != 1.0:
-            for index, row in enumerate(live_rows(line.parameters)):  # one by one: no copy of all is made
-                line.write_one(ratio, row[0].clone(), row[0], index)
+            for index, live in enumerate(map(local, line.parameters)):  # one by one: no copy of all is made
+                line.write_one(ratio, live.clone(), live, index)
             self._snapshots.retake(ratio)
         self._rates.set_level(taken * ratio * steady_state(self.optimizer, self._snapshots.warm))
         self._searched = True

@@ -14,7 +14,7 @@ shapes = st.lists(st.lists(st.integers(0, 5), max_size=4).map(tuple), min_size=1
 def write(prev, now, factor):
     parameter = nn.Parameter(now)
     out = torch.empty_like(now)
-    StepLine({parameter: prev}, {parameter: "p"}, window=1).write([factor], [now], [out.unsqueeze(0)])
+    StepLine({parameter: prev}, {parameter: "p"}, window=1).writer([now], [out.unsqueeze(0)])([factor])
     return out
 
 
@@ -42,7 +42,7 @@ def test_gradient_line_by_hand(lr):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     line = GradientLine(model, optimizer, lambda: model.weight.square().sum())
     out = [torch.empty(1, 2)]
-    line.write([2.0], [model.weight.detach()], [row.unsqueeze(0) for row in out])
+    line.writer([model.weight.detach()], [row.unsqueeze(0) for row in out])([2.0])
     torch.testing.assert_close(out[0], model.weight.detach() * (1 - 2 * 0.1 * 2))
     assert model.weight.grad is None
 

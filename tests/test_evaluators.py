@@ -13,6 +13,7 @@ from torch import nn
 
 from autolr_fast import (
     EVALUATORS,
+    FACTORS_3,
     FACTORS_5,
     Auto,
     ClosureError,
@@ -256,6 +257,42 @@ def test_auto_does_not_batch_what_takes_long(monkeypatch):
     _, line, _ = probed(model, loss_of)
     Auto().losses(model, line, FACTORS_5, lambda: loss_of(model))
     assert timed == ["streamed", "inplace"]
+
+
+def test_auto_measures_nothing_for_few_candidates_of_few_parameters(monkeypatch):
+    monkeypatch.setattr("autolr_fast.evaluators.auto.seconds", None)
+    model, loss_of = problem("mlp")
+    _, line, prev = probed(model, loss_of)
+    auto, calls = Auto(), []
+    losses = auto.losses(model, line, FACTORS_3, lambda: calls.append(1) or loss_of(model))
+    assert losses.tolist() == losses_of_copies(model, prev, FACTORS_3, loss_of)
+    assert repr(auto) == "'inplace' (auto: not measured for so few candidates)"
+    assert len(calls) == 3
+
+
+def test_auto_spares_a_copy_of_many_parameters(monkeypatch):
+    """Batching is not tried for few candidates, but what needs less memory is."""
+    monkeypatch.setattr("autolr_fast.memory.SMALL", 0)
+    timed = []
+    run_clock(monkeypatch, lambda evaluator: timed.append(evaluator.name) or 0.1)
+    model, loss_of = problem("mlp")
+    _, line, _ = probed(model, loss_of)
+    auto = Auto()
+    auto.losses(model, line, FACTORS_3, lambda: loss_of(model))
+    assert timed == ["streamed", "inplace"]
+    assert auto.name == "streamed"
+
+
+def test_auto_does_not_warn_where_there_is_nothing_to_gain(monkeypatch):
+    monkeypatch.setattr("autolr_fast.memory.SMALL", 0)
+    model, x = OutOfReach("view"), torch.randn(12, 5)
+    prev = {p: p.detach() + 0.1 for p in model.parameters()}
+    line = StepLine(prev, dict.fromkeys(prev, ""), window=1)
+    auto = Auto()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        auto.losses(model, line, FACTORS_3, lambda: model(x).square().mean())
+    assert auto.name == "inplace"
 
 
 def test_auto_measures_nothing_under_deterministic_algorithms(monkeypatch):
@@ -603,6 +640,29 @@ def test_an_error_that_is_the_closures_own_does_not_end_batching():
     with pytest.raises(OSError, match="no data"):
         auto.losses(model, line, FACTORS_5, closure)
     assert auto.name != "auto"
+
+
+@pytest.mark.parametrize("held", [{"a": 1, "b": 2}, ["a", "b"], {"a", "b"}, collections.deque("ab")], ids=str)
+def test_containers_of_modules_go_back(held):
+    """Also where as many of the same objects are in them, in another order or under other names."""
+    model = mlp()
+    model.held, before = held, copy.deepcopy(held)
+
+    def closure():
+        if isinstance(held, dict):
+            held["c"] = held.pop("b")
+        elif isinstance(held, set):
+            held.remove("a")
+            held.add("c")
+        else:
+            held.reverse()
+        return model[0].weight.sum()
+
+    with Isolation(model) as isolation:
+        for _ in range(2):
+            isolation.run(closure)
+            assert held == before
+    assert model.held is held
 
 
 def test_isolation_runs_all_start_alike():

@@ -92,7 +92,7 @@ def test_a_probe_changes_nothing(evaluator):
     for factor in FACTORS_5:
         candidate = copy.deepcopy(model)
         with torch.no_grad(), torch.random.fork_rng():
-            line.write([factor], list(model.parameters()), [p[None] for p in candidate.parameters()])
+            line.writer(list(model.parameters()), [p[None] for p in candidate.parameters()])([factor])
             expected.append(loss_of(candidate))
     losses = EVALUATORS[evaluator]().losses(model, line, FACTORS_5, lambda: loss_of(model))
     torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-4, atol=1e-6)

@@ -221,6 +221,27 @@ def test_layouts(backend, layout):
         assert torch.equal(live, between(prev, now, 0.3))
 
 
+@pytest.mark.parametrize("layout", sorted(set(layouts()) - {"expanded"}))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_writer_writes_again_and_again(backend, layout):
+    now, lr = layouts()[layout], torch.tensor([0.5], dtype=torch.float64)
+    prev = torch.randn(now.shape)
+    live = now.clone(memory_format=torch.preserve_format)
+    write = ops.candidate_writer([prev], [now], [live.unsqueeze(0)], backend=backend)
+    write_gradient = ops.gradient_candidate_writer([now], [prev], lr, [live.unsqueeze(0)], backend=backend)
+    for factor in (2.0, 0.3, 1.0):
+        write([factor])
+        assert torch.equal(live, between(prev, now, factor))
+        write_gradient([factor])
+        torch.testing.assert_close(live, now - factor * 0.5 * prev)
+    with pytest.raises(ValueError, match="factors has 2 values and out 1 rows"):
+        write([1.0, 2.0])
+
+
+def test_a_writer_of_nothing_writes_nothing():
+    ops.candidate_writer([], [], [])([1.0, 2.0])
+
+
 @given(
     st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), max_size=5),
     st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=64),

@@ -15,7 +15,7 @@ from .helpers import ON_GPU, mlp, parameters_of, problem, sgd, train_step
 
 @pytest.fixture(autouse=True)
 def _small_parameters_are_told_too(monkeypatch):
-    monkeypatch.setattr("autolr_fast.reconstruction.SMALL", 0)
+    monkeypatch.setattr("autolr_fast.memory.SMALL", 0)
 
 
 # name -> (optimizer, the longest window that its state tells)
@@ -59,7 +59,7 @@ def test_state_tells_the_steps_taken(name, dtype):
             before = history[step - window]
             assert line.agrees(dict(zip(parameters, map(sample, before), strict=True)))
             all_rows = [torch.empty(len(FACTORS_5), *p.shape, dtype=dtype) for p in parameters]
-            line.write(FACTORS_5, [p.detach() for p in parameters], all_rows)
+            line.writer([p.detach() for p in parameters], all_rows)(FACTORS_5)
             for index, (parameter, prev, rows) in enumerate(zip(parameters, before, all_rows, strict=True)):
                 now, eps = parameter.detach(), torch.finfo(dtype).eps
                 atol = (16 if ON_GPU else 8) * eps * max(now.abs().max(), prev.abs().max()).item()
@@ -73,7 +73,7 @@ def test_small_parameters_are_copied(monkeypatch):
     model = mlp()
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     for small, told in ((size, False), (size - 1, True)):
-        monkeypatch.setattr("autolr_fast.reconstruction.SMALL", small)
+        monkeypatch.setattr("autolr_fast.memory.SMALL", small)
         assert tells(sgd(model, momentum=0.9), 2) == told
 
 

@@ -88,7 +88,7 @@ def test_gradient_direction_equals_the_reference_bitwise():
 @pytest.mark.parametrize("window", [1, 2, (1, 2), 3])
 def test_every_optimizer(name, window, small, monkeypatch):
     """The line is through what the optimizer really did, and nothing but the learning rate changes."""
-    monkeypatch.setattr("autolr_fast.reconstruction.SMALL", small)
+    monkeypatch.setattr("autolr_fast.memory.SMALL", small)
     if name == "adagrad-fused" and ON_GPU:
         pytest.skip("torch has it on the CPU alone")
     cls, kwargs = OPTIMIZERS[name]
@@ -487,17 +487,18 @@ def test_resumed_after_falling_back_does_not_choose_anew():
         torch.manual_seed(0)
         model = Recurrent()
         optimizer = sgd(model)
-        return model, optimizer, AutoLR(optimizer, model, every=1)
+        return model, optimizer, AutoLR(optimizer, model, every=1, factors=FACTORS_5)
 
     x, y = torch.randn(6, 4, 5), torch.randint(3, (6,))
     model, optimizer, scheduler = start()
     train_step(model, optimizer, lambda model: F.cross_entropy(model(x), y))
     with pytest.warns(UserWarning, match="one after another"):
         scheduler.step(lambda: F.cross_entropy(model(x), y))
-    state = scheduler.state_dict()
+    state, chosen = scheduler.state_dict(), scheduler.evaluator.name
     model, optimizer, scheduler = start()
+    assert scheduler.evaluator.name == "auto"
     scheduler.load_state_dict(state)
-    assert scheduler.evaluator.name == "inplace"
+    assert scheduler.evaluator.name == chosen
 
 
 def test_state_dict_is_small_and_plain():

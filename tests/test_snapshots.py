@@ -69,7 +69,7 @@ def test_no_probe_is_left_out_where_the_state_tells_some_windows_only(monkeypatc
     """Also of windows that overlap, and of which it tells the shorter one."""
     probed = []
     for small in (0, 1 << 30):
-        monkeypatch.setattr("autolr_fast.reconstruction.SMALL", small)
+        monkeypatch.setattr("autolr_fast.memory.SMALL", small)
         model, loss_of = problem("mlp")
         optimizer = build(model.parameters(), lr=0.01)
         scheduler = AutoLR(optimizer, model, evaluator="inplace", **options)

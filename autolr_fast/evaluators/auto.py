@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..candidates import Line
 from ..distributed import is_distributed
 from ..isolation import Closure
+from ..memory import are_small
 from ..timing import seconds
 from .base import Evaluator
 from .folded import Folded
@@ -24,11 +25,13 @@ __all__ = ["Auto"]
 
 
 class Auto(Evaluator):
-    """The fastest evaluator that serves the model, measured at the first call; on failure :class:`InPlace`.
+    """The fastest evaluator that serves the model, measured at the first call if that pays; else :class:`InPlace`.
 
     The first call evaluates the same candidates by each of them: :class:`Streamed`, :class:`Folded`,
     :class:`InPlace`, :class:`Stacked`, in the order of the memory they need, and a later one must be 5 %
-    faster. Batching is not tried if the candidates take longer than a second one after another.
+    faster. Batching is not tried if the candidates take longer than a second one after another, or are three or
+    fewer: so few gain nothing by it that would make up for the trial. If a copy of the parameters costs little as
+    well, nothing is left to choose, and it is :class:`InPlace`.
 
     Nothing is measured under :func:`torch.use_deterministic_algorithms`, since a batched forward rounds
     differently: :class:`Streamed` runs then, or :class:`InPlace` if that cannot serve. On several ranks, which must
@@ -37,6 +40,7 @@ class Auto(Evaluator):
 
     _FASTER = 0.95
     _TOO_LONG = 1.0  # seconds
+    _FEW = 3  # candidates
 
     def __init__(self) -> None:
         self._chosen: Evaluator | None = None
@@ -78,6 +82,9 @@ class Auto(Evaluator):
         if is_distributed():
             self._chosen, self._why = InPlace(), "not measured on several ranks"
             return self._chosen.losses(model, line, factors, closure)
+        if len(factors) <= self._FEW and are_small(line.parameters):
+            self._chosen, self._why = InPlace(), "not measured for so few candidates"
+            return self._chosen.losses(model, line, factors, closure)
         streamed = Streamed()
         try:
             losses = streamed.losses(model, line, factors, closure)
@@ -100,7 +107,7 @@ class Auto(Evaluator):
         refused = {}
         for evaluator in (Folded(), InPlace(), Stacked()):
             batches = not isinstance(evaluator, InPlace)
-            if batches and fastest > self._TOO_LONG:
+            if batches and (len(factors) <= self._FEW or fastest > self._TOO_LONG):
                 continue
             try:
                 evaluator.losses(model, line, factors, closure)  # checks the model, and warms up
@@ -120,7 +127,8 @@ class Auto(Evaluator):
     ) -> Tensor:
         in_place = InPlace()
         losses = in_place.losses(model, line, factors, closure)  # a closure at fault raises again, here
-        self._warn(cause, "inplace")
+        if len(factors) > self._FEW:  # fewer would run one after another anyway
+            self._warn(cause, "inplace")
         self._chosen, self._why = in_place, cause
         return losses
 

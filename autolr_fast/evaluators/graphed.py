@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..candidates import Line
 from ..distributed import is_distributed
 from ..isolation import Closure, ClosureError, Isolation, scalar_loss
+from ..ops import Writer
 from .base import Evaluator, EvaluatorError
 from .inplace import rewritten
 from .nearby import Nearby
@@ -55,31 +55,32 @@ class Graphed(Evaluator):
             raise EvaluatorError(self.name, model, "other ranks cannot be waited for inside of a capture")
         if self._recorder is None:
             self._recorder = self._make_recorder(model, line)
-        nearby = Nearby(line)
         with (
             rewritten(line.parameters) as (now, rows),
             Isolation(model) as isolation,
             run_eagerly(),
             self._recorder as recorder,
         ):
+            write_nearby = Nearby(line).writer(now.values, rows)
             is_new = self._checked is None or self._checked() is not model
             if is_new:
-                nearby.write([1.0], now, rows)
+                write_nearby([1.0])
                 expected = isolation.run(closure).item()
                 # Back again: what a capture takes from these weights shows in the replay at the others.
-                ops.stack_candidates(now, now, [1.0], rows)
+                now.restore()
             replay, loss = self._capture(model, closure, isolation, recorder)
 
-            def loss_at(line: Line, factor: float) -> Tensor:
-                line.write([factor], now, rows)
+            def loss_at(write: Writer, factor: float) -> Tensor:
+                write([factor])
                 with isolation.rewound():
                     replay()
                 return loss.clone()
 
             if is_new:
-                self._check(model, loss_at(nearby, 1.0).item(), expected)
+                self._check(model, loss_at(write_nearby, 1.0).item(), expected)
                 self._checked = weakref.ref(model)
-            return torch.stack([loss_at(line, factor) for factor in factors])
+            write = line.writer(now.values, rows)
+            return torch.stack([loss_at(write, factor) for factor in factors])
 
     def _check(self, model: nn.Module, loss: float, expected: float) -> None:
         if not math.isclose(loss, expected, rel_tol=1e-3):  # some operations never add up in one order

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..candidates import Line, live_rows
+from ..candidates import Line
 from ..copies import Copies
 from ..distributed import local
 from ..isolation import Closure, Isolation
@@ -34,17 +34,19 @@ class InPlace(Evaluator):
         """Return the losses, [N]; see :meth:`Evaluator.losses`."""
         losses = []
         with rewritten(line.parameters) as (now, rows), Isolation(model) as isolation:
+            write = line.writer(now.values, rows)
             for factor in factors:
-                line.write([factor], now, rows)
+                write([factor])
                 losses.append(isolation.run(closure).clone())  # a compiled closure's lies where its next will
         return torch.stack(losses)
 
 
 @contextmanager
-def rewritten(parameters: Sequence[nn.Parameter]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+def rewritten(parameters: Sequence[nn.Parameter]) -> Iterator[tuple[Copies, list[Tensor]]]:
     """Give copies of the parameters, and the live ones as rows to be written to; put them back at the end."""
-    now = Copies([local(parameter) for parameter in parameters])
+    live = [local(parameter) for parameter in parameters]
+    now = Copies(live)
     try:
-        yield now.values, live_rows(parameters)
+        yield now, [tensor.unsqueeze(0) for tensor in live]
     finally:
         now.restore()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..candidates import Line
+from ..ops import Writer
 
 __all__ = ["Nearby", "nearby_step"]
 
@@ -24,12 +25,16 @@ class Nearby:
     def __init__(self, line: Line):
         self.parameters = line.parameters
 
-    def write(self, factors: Sequence[float], now: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
-        """Write ``now + f * step``; see :class:`~autolr_fast.candidates.Line`."""
-        for value, targets in zip(now, rows, strict=True):
-            step = nearby_step(value)
-            for factor, target in zip(factors, targets.unbind(0), strict=True):
-                torch.add(value, step, alpha=factor, out=target)
+    def writer(self, now: Sequence[Tensor], rows: Sequence[Tensor]) -> Writer:
+        """Return what writes ``now + f * step``; see :class:`~autolr_fast.candidates.Line`."""
+
+        def write(factors: Sequence[float]) -> None:
+            for value, targets in zip(now, rows, strict=True):
+                step = nearby_step(value)
+                for factor, target in zip(factors, targets.unbind(0), strict=True):
+                    torch.add(value, step, alpha=factor, out=target)
+
+        return write
 
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
         """Write one parameter; see :class:`~autolr_fast.candidates.Line`."""

@@ -48,7 +48,7 @@ class Stacked(Batched):
             self._release()  # the old one goes before the new one comes
             self._buffer = StackedBuffer(line.parameters, len(factors))
         stacked = [rows[: len(factors)] for rows in self._buffer.stacked]
-        line.write(factors, [parameter.detach() for parameter in line.parameters], stacked)
+        line.writer([parameter.detach() for parameter in line.parameters], stacked)(factors)
         return stacked
 
     def _substitution(

@@ -6,8 +6,10 @@ order in memory without gaps: where that is not so, a function copies to a tenso
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +26,11 @@ __all__ = [
     "VARIABLE",
     "BackendError",
     "Choice",
+    "Writer",
+    "candidate_writer",
     "choose",
     "explain",
+    "gradient_candidate_writer",
     "score",
     "stack_candidates",
     "stack_gradient_candidates",
@@ -36,6 +41,9 @@ __all__ = [
 
 MAX_ROWS = 64
 """Candidates, or stacked models, that one call can write."""
+
+Writer = Callable[[Sequence[float]], None]
+"""Writes the candidates of N factors."""
 
 
 @torch.no_grad()
@@ -71,12 +79,29 @@ def stack_candidates(
         [[2.0, 5.0], [1.0, 3.0], [0.5, 2.0]]
     """
     factors = _check_count("factors", factors)
-    _check_tensors(len(factors), {"prev": prev, "now": now}, {"out": out})
-    for device, indices in _groups(now):
-        rows = _Rows([out[i] for i in indices])
-        operator = overload("stack_candidates", choose(device.type, backend))
-        operator(rows.align(prev[i] for i in indices), rows.align(now[i] for i in indices), factors, rows.dense)
-        rows.copy_back()
+    _writer("stack_candidates", len(factors), {"prev": prev, "now": now}, out, backend)(factors)
+
+
+@torch.no_grad()
+def candidate_writer(
+    prev: Sequence[Tensor], now: Sequence[Tensor], out: Sequence[Tensor], *, backend: str | None = None
+) -> Writer:
+    """Return a function of N factors that does what :func:`stack_candidates` does, but checks nothing twice.
+
+    Args:
+        prev: as in :func:`stack_candidates`; a change between calls may or may not be noticed.
+        now: likewise.
+        out: P tensors ``[N, *shape]``.
+        backend: as in :func:`stack_candidates`.
+
+    Example:
+        >>> out = torch.empty(1, 2)
+        >>> write = candidate_writer([torch.tensor([0.0, 1.0])], [torch.tensor([1.0, 3.0])], [out])
+        >>> write([2.0])
+        >>> out.tolist()
+        [[2.0, 5.0]]
+    """
+    return _writer("stack_candidates", _count(out), {"prev": prev, "now": now}, out, backend)
 
 
 @torch.no_grad()
@@ -149,17 +174,28 @@ def stack_gradient_candidates(
         [[0.0], [1.0]]
     """
     factors = _check_count("factors", factors)
-    _check_tensors(len(factors), {"now": now, "grad": grad}, {"out": out})
-    if lr.dtype != torch.float64 or lr.shape != (len(now),):
-        raise ValueError(f"lr is {lr.dtype} {list(lr.shape)}: expected torch.float64 [{len(now)}], one a tensor")
-    for device, indices in _groups(now):
-        rows = _Rows([out[i] for i in indices])
-        rates = (lr if len(indices) == len(now) else lr[indices]).to(device)
-        operator = overload("stack_gradient_candidates", choose(device.type, backend))
-        operator(
-            rows.align(now[i] for i in indices), rows.align(grad[i] for i in indices), rates, factors, rows.dense
-        )
-        rows.copy_back()
+    _writer("stack_gradient_candidates", len(factors), {"now": now, "grad": grad}, out, backend, lr)(factors)
+
+
+@torch.no_grad()
+def gradient_candidate_writer(
+    now: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    lr: Tensor,
+    out: Sequence[Tensor],
+    *,
+    backend: str | None = None,
+) -> Writer:
+    """Return a function that does what :func:`stack_gradient_candidates` does; see :func:`candidate_writer`.
+
+    Example:
+        >>> out, lr = torch.empty(1, 1), torch.tensor([0.1], dtype=torch.float64)
+        >>> write = gradient_candidate_writer([torch.tensor([1.0])], [torch.tensor([2.0])], lr, [out])
+        >>> write([5.0])
+        >>> out.tolist()
+        [[0.0]]
+    """
+    return _writer("stack_gradient_candidates", _count(out), {"now": now, "grad": grad}, out, backend, lr)
 
 
 @torch.no_grad()
@@ -281,6 +317,44 @@ def _are_alike(a: Tensor, b: Tensor, c: Tensor) -> bool:
     if not (a.is_contiguous() and a.numel() and a.dtype == b.dtype == c.dtype and a.shape == b.shape == c.shape):
         return False
     return a.stride() == b.stride() == c.stride() and a.device == b.device == c.device
+
+
+def _count(out: Sequence[Tensor]) -> int:
+    """Return how many rows stacked tensors have."""
+    return len(out[0]) if out and out[0].dim() else 0
+
+
+def _writer(
+    name: str,
+    count: int,
+    inputs: dict[str, Sequence[Tensor]],
+    out: Sequence[Tensor],
+    backend: str | None,
+    lr: Tensor | None = None,
+) -> Writer:
+    """Return what calls an operator with factors, once for each device and dtype."""
+    _check_tensors(count, inputs, {"out": out})
+    if lr is not None and (lr.dtype != torch.float64 or lr.shape != (len(out),)):
+        raise ValueError(f"lr is {lr.dtype} {list(lr.shape)}: expected torch.float64 [{len(out)}], one a tensor")
+    calls: list[tuple[Callable[..., Any], _Rows]] = []
+    for device, indices in _groups(next(iter(inputs.values()))):
+        rows = _Rows([out[i] for i in indices])
+        operands: list[Any] = [rows.align(tensors[i] for i in indices) for tensors in inputs.values()]
+        if lr is not None:
+            operands.append((lr if len(indices) == len(out) else lr[indices]).to(device))
+        operator = overload(name, choose(device.type, backend))
+        calls.append((functools.partial(operator, *operands), rows))
+    return functools.partial(_write, count, calls)
+
+
+@torch.no_grad()
+def _write(count: int, calls: Sequence[tuple[Callable[..., Any], _Rows]], factors: Sequence[float]) -> None:
+    factors = _check_count("factors", factors)
+    if calls and len(factors) != count:
+        raise ValueError(f"factors has {len(factors)} values and out {count} rows: give one for each")
+    for operator, rows in calls:
+        operator(factors, rows.dense)
+        rows.copy_back()
 
 
 class _Rows:

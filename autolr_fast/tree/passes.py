@@ -82,7 +82,7 @@ class Pass(ABC):
         self.buffers = buffers
         stacked = set(buffers)
         self._still = [(name, buffer) for name, buffer in model.named_buffers() if name not in stacked]
-        self._modules = ModuleStates(model)
+        self._modules = ModuleStates(list(model.modules()))
 
     @abstractmethod
     def __call__(self, rows: Rows, x: Any, y: Any) -> Results:
