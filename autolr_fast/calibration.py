@@ -9,11 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Found", "Look", "search", "steady_state"]
+__all__ = ["LOWEST_AGAIN", "Found", "Look", "search", "search_again", "steady_state"]
 
 _MAX_ROUNDS = 80  # about 10 are needed for six decades
 _WIDEST = 8  # power of the factors
 _NOISE = 0.02  # of a loss: what rounding in a forward of 16 bits makes, at most
+LOWEST_AGAIN = 1 / 2
+"""Of the level at which steps were taken, what is left at least for those after they were taken again."""
+_SHORTEST = 1e-3  # of steps that are taken again: next to where they began
+_BLOWN_UP = 8  # times as high a loss
 _CAUTION = 1 / 3  # the level after the first step, at most, in units of the rate that suits that step
 
 
@@ -98,6 +102,38 @@ def search(look: Callable[[float, int], Look], lowest: float, highest: float, *,
             break
         rounds += 1
     return Found(min(max(_vertex(known, best), lowest), highest), seen, rounds, unseen, known[best])
+
+
+def search_again(
+    look: Callable[[float, int], Look], loss: float, before: float, *, maximize: bool = False
+) -> Found | None:
+    """Find how long the last steps had better been, if the loss blew up in them.
+
+    A rate that suits the first step may be far too high for the fifth, and then each step multiplies the loss; no
+    lower rate brings back a network that is lost.
+
+    Args:
+        look: as in :func:`search`, along the steps.
+        loss: after them (negated, of what is maximized).
+        before: what it was in earlier steps, with other batches.
+        maximize: whether a higher loss is better.
+
+    Returns:
+        ``None`` if the loss did not blow up, or where the steps began it is as high with this batch, or it is not
+        finite wherever they end.
+    """
+    if not _has_blown_up(loss, before):
+        return None
+    began = look(_SHORTEST, 1).losses
+    if not _has_blown_up(loss, (-began if maximize else began).nan_to_num(nan=math.inf).min().item()):
+        return None
+    found = search(look, _SHORTEST, 1.0, maximize=maximize)
+    return None if found.unseen or found.lowest == math.inf else found
+
+
+def _has_blown_up(loss: float, before: float) -> bool:
+    """Whether a loss is not finite, or eight times as high as another (above it by seven times its size)."""
+    return not loss - before <= (_BLOWN_UP - 1) * abs(before)
 
 
 def _best(known: Mapping[float, float]) -> float:

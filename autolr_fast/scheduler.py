@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .arguments import (
     check_optimizer,
     check_windows,
 )
-from .calibration import Look, search, steady_state
+from .calibration import LOWEST_AGAIN, Look, search, search_again, steady_state
 from .candidates import GradientLine, Line, candidate_parameters
 from .distributed import ProcessGroup, is_sharded, local, mean_over_ranks
 from .evaluators import Evaluator, resolve_evaluator
@@ -169,6 +169,7 @@ class AutoLR(LRScheduler):
         counting = Cadence(every=None, calibrate=0, windows=(1,))
         self._snapshots = Snapshots(optimizer, self._cadence if direction == "step" else counting)
         self._searched = calibrate == 0
+        self._lowest_loss = math.inf  # of those that calibrating probes saw; negated, of what is maximized
         self._repeatable = False
         self._probed_step = 0
         self._offered_step = 0
@@ -259,6 +260,7 @@ class AutoLR(LRScheduler):
             "probed_step": self._probed_step,
             "offered_step": self._offered_step,
             "searched": self._searched,
+            "lowest_loss": self._lowest_loss,
             "warm": self._snapshots.warm,
             "base_lrs": list(self._rates.base),
             "level": self._rates.level.item(),
@@ -304,7 +306,7 @@ class AutoLR(LRScheduler):
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = self.last_epoch + 1
         self._probed_step, self._offered_step = state_dict["probed_step"], state_dict["offered_step"]
-        self._searched = state_dict["searched"]
+        self._searched, self._lowest_loss = state_dict["searched"], state_dict["lowest_loss"]
         self._rates.base[:] = state_dict["base_lrs"]
         self._rates.set_level(state_dict["level"])
         self._rates.settled.fill_(state_dict["settled"])
@@ -341,7 +343,9 @@ class AutoLR(LRScheduler):
         if line is None:
             return
         lr_before = self._rates.current()
-        if self._searched or now > self._cadence.calibrate:
+        calibrates = now <= self._cadence.calibrate
+        found = None
+        if self._searched or not calibrates:
             level = self._rates.level
             before, exponent = level.clone(), self._rates.multiplier(now)
             rounds, seen = 1, self._look(line, self.factors, closure)
@@ -350,8 +354,12 @@ class AutoLR(LRScheduler):
             falls = self._guard.hold(-loss if self._maximizes else loss, level)
             if self._settles:
                 self._rates.settle(before, falls)
+            if calibrates and line.window:
+                found = self._retake(line, closure, loss.item(), before)
         else:
-            rounds, seen, factor = self._search(line, closure)
+            found = self._search(line, closure)
+        if found is not None:
+            rounds, seen, factor = found
             weights, _ = self._follow(seen.losses, self._rates.level.clone())  # the level is where the search ended
         self._probed_step = now
         self._snapshots.drop_used()
@@ -398,10 +406,7 @@ class AutoLR(LRScheduler):
         taken = float(self._rates.annealed(max(self.last_epoch, 0)))
         lowest, highest = (limit / taken for limit in self._rates.limits)
         ratio, seen, rounds, unseen, loss = search(
-            lambda ratio, power: self._look(line, tuple(ratio * f**power for f in self.factors), closure),
-            lowest,
-            highest,
-            maximize=self._maximizes,
+            self._look_along(line, closure), lowest, highest, maximize=self._maximizes
         )
         if unseen or loss == math.inf:
             cause = (
@@ -417,13 +422,40 @@ class AutoLR(LRScheduler):
                 depth=4,
             )
             return rounds, seen, torch.ones_like(self._rates.level)
-        if line.window and ratio != 1.0:
-            for index, live in enumerate(map(local, line.parameters)):  # one by one: no copy of all is made
-                line.write_one(ratio, live.clone(), live, index)
-            self._snapshots.retake(ratio)
+        if line.window:
+            self._take_again(line, ratio)
         self._rates.set_level(taken * ratio * steady_state(self.optimizer, self._snapshots.warm))
         self._searched = True
+        self._lowest_loss = loss
         return rounds, seen, torch.full_like(self._rates.level, ratio)
+
+    def _retake(self, line: Line, closure: Closure, loss: float, level: Tensor) -> tuple[int, Look, Tensor] | None:
+        """Take the steps of a line again, shorter, if the loss blew up in them; return what :meth:`_search` does.
+
+        Args:
+            line: of the last steps.
+            closure: returns the loss.
+            loss: of the candidate nearest to where they ended.
+            level: at which they were taken, 0-dim.
+        """
+        loss = -loss if self._maximizes else loss
+        lowest, self._lowest_loss = self._lowest_loss, min(self._lowest_loss, loss)
+        found = search_again(self._look_along(line, closure), loss, lowest, maximize=self._maximizes)
+        if found is None:
+            return None
+        self._take_again(line, found.ratio)
+        self._rates.set_level(level * max(found.ratio, LOWEST_AGAIN))
+        return found.rounds, found.seen, torch.full_like(self._rates.level, found.ratio)
+
+    def _look_along(self, line: Line, closure: Closure) -> Callable[[float, int], Look]:
+        return lambda ratio, power: self._look(line, tuple(ratio * f**power for f in self.factors), closure)
+
+    def _take_again(self, line: Line, ratio: float) -> None:
+        """Put the parameters where a line's steps, at ``ratio`` times their learning rates, would have ended."""
+        if ratio != 1.0:
+            for index, live in enumerate(map(local, line.parameters)):  # one by one: no copy of all is made
+                line.write_one(ratio, live.clone(), live, index)
+            self._snapshots.retake(ratio, line.window)
 
     def _apply(self) -> None:
         self._rates.apply(self.last_epoch)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .candidates import Line, StepLine
 from .copies import Copies
-from .distributed import is_distributed
+from .distributed import is_distributed, local
 from .isolation import REMEDY, ClosureError
 from .reconstruction import StateLine, sample, tells
 
@@ -144,10 +144,22 @@ class Snapshots:
                 return told
         return None if taken.sampled else StepLine(taken.values, names, window)
 
-    def retake(self, ratio: float) -> None:
-        """Note that the last step was taken again at ``ratio`` times its learning rate."""
-        if self._lrs:
-            self._lrs[-1] = [ratio * lr for lr in self._lrs[-1]]
+    def retake(self, ratio: float, window: int) -> None:
+        """Note that the last ``window`` steps were taken again at ``ratio`` times their learning rates.
+
+        What is kept from between them moves towards where they began, as the parameters did.
+        """
+        self._lrs[-window:] = [[ratio * lr for lr in lrs] for lrs in self._lrs[-window:]]
+        start = self._taken[self.steps - window]
+        between = {step: taken for step, taken in self._taken.items() if self.steps - window < step < self.steps}
+        for step, taken in between.items():
+            if start.sampled and not taken.sampled:
+                del self._taken[step]  # that probe is left out
+                continue
+            for parameter, value in taken.values.items():
+                before = start.values[parameter]
+                before = sample(before) if taken.sampled and not start.sampled else before
+                torch.lerp(local(before), local(value), ratio, out=local(value))
 
     def drop_used(self) -> None:
         """Drop what no probe after the current step needs."""

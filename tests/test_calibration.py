@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from autolr_fast import FACTORS_2, FACTORS_3, FACTORS_7, AutoLR
-from autolr_fast.calibration import Look, search, steady_state
+from autolr_fast.calibration import Look, search, search_again, steady_state
 
-from .helpers import assert_same, everything, problem, sgd, train_step
+from .helpers import assert_same, between, everything, losses_of_copies, problem, sgd, train_step
 
 
 @pytest.mark.parametrize("lr0", [1e-5, 1e-2, 10.0])
@@ -365,3 +365,103 @@ def test_losses_too_close_to_tell(losses, precision, unseen):
         return Look(candidates, torch.tensor(losses, dtype=torch.float64), precision)
 
     assert search(look, 1e-9, 1e9).unseen is unseen
+
+
+def steps_of(loss_at, sign=1.0):
+    """What :func:`search_again` looks at, and the ratios that it did."""
+    ratios = []
+
+    def look(ratio, power):
+        factors = (ratio * 1.5**power, ratio / 1.5**power)
+        ratios.append(ratio)
+        losses = torch.tensor([sign * loss_at(factor) for factor in factors], dtype=torch.float64)
+        return Look(factors, losses, precision=1e-7)
+
+    return look, ratios
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["minimized", "maximized"])
+def test_steps_after_which_the_loss_is_eight_times_as_high_had_better_been_shorter(sign):
+    look, _ = steps_of(lambda ratio: 1 + 100 * (ratio - 0.1) ** 2, sign)
+    found = search_again(look, 82.0, 1.5, maximize=sign < 0)
+    assert found.ratio == pytest.approx(0.1)
+    assert found.lowest < 1.1
+
+
+@pytest.mark.parametrize(
+    ("loss_at", "loss", "before", "looks"),
+    [
+        (lambda ratio: 7.9, 7.9, 1.0, 0),  # not as much
+        (lambda ratio: 7.9 * ratio, 7.9, -1.0, 1),  # of a negative loss, its size
+        (lambda ratio: 2 + 8 * ratio, 10.0, 1.0, 1),  # another batch had a lower loss
+        (lambda ratio: 5.0, 5.0, math.inf, 0),  # nothing known from before
+        (lambda ratio: math.nan, math.nan, 1.0, 1),  # nor is it finite with shorter steps
+    ],
+)
+def test_steps_that_did_no_harm_stay(loss_at, loss, before, looks):
+    look, ratios = steps_of(loss_at)
+    assert (search_again(look, loss, before) is None) == (loss != 7.9 or before > 0)
+    assert len(ratios) >= looks
+
+
+BUILDS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("small", [0, 2**20], ids=["told", "copied"])
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("build", sorted(BUILDS))
+def test_steps_that_blow_the_loss_up_are_taken_again(build, window, small, monkeypatch):
+    """Shorter, in one with those before them; what is kept from in between goes with them."""
+    monkeypatch.setattr("autolr_fast.memory.SMALL", small)
+    model, loss_of = problem("mlp")
+    optimizer = BUILDS[build](model.parameters())
+    scheduler = AutoLR(optimizer, model, window=window, evaluator="inplace")
+    history = []
+
+    def train():
+        history.append([parameter.detach().clone() for parameter in model.parameters()])
+        train_step(model, optimizer, loss_of)
+
+    for _ in range(5):
+        train()
+        scheduler.step(lambda: loss_of(model))
+    level = scheduler.level[0]
+    optimizer.param_groups[0]["lr"] *= 300
+    train()
+    blown, loss = [parameter.detach().clone() for parameter in model.parameters()], loss_of(model).item()
+    scheduler.step(lambda: loss_of(model))
+    ratio, start = scheduler.last_probe.factor.item(), history[6 - window]
+    assert scheduler.last_probe.rounds > 1
+    assert ratio < 0.2
+    assert scheduler.level[0] == pytest.approx(level / 2)
+    assert loss_of(model).item() < loss / 8
+    for old, new, parameter in zip(start, blown, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), between(old, new, ratio), rtol=1e-3, atol=1e-4)
+    train()
+    begins = history[7 - window]
+    if window > 1:
+        begins = [between(old, new, ratio) for old, new in zip(start, begins, strict=True)]
+    scheduler.step(lambda: loss_of(model))
+    assert scheduler.last_probe.step == 7
+    expected = losses_of_copies(
+        model, dict(zip(dict(model.named_parameters()), begins, strict=True)), FACTORS_2, loss_of
+    )
+    assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-2)
+
+
+def test_later_steps_are_not_taken_again():
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, calibrate=3, every=1)
+    for step in range(1, 6):
+        if step == 5:
+            optimizer.param_groups[0]["lr"] *= 1e4
+        train_step(model, optimizer, loss_of)
+        before = everything(model, optimizer)
+        scheduler.step(lambda: loss_of(model))
+    assert scheduler.last_probe.rounds == 1
+    assert_same(before, everything(model, optimizer))

@@ -510,7 +510,7 @@ def test_state_dict_is_small_and_plain():
         scheduler.step(lambda: loss_of(model))
     state = scheduler.state_dict()
     assert set(state) == {
-        "last_epoch", "optimizer_steps", "probed_step", "offered_step", "searched", "warm",
+        "last_epoch", "optimizer_steps", "probed_step", "offered_step", "searched", "warm", "lowest_loss",
         "base_lrs", "level", "settled", "guard", "evaluator", "snapshots",
     }  # fmt: skip
     assert state["snapshots"]["taken"] == {}
