@@ -447,6 +447,7 @@ def test_steps_that_blow_the_loss_up_are_taken_again(build, window, small, monke
         begins = [between(old, new, ratio) for old, new in zip(start, begins, strict=True)]
     scheduler.step(lambda: loss_of(model))
     assert scheduler.last_probe.step == 7
+    assert scheduler._snapshots._state_tells  # what it told is what was taken
     expected = losses_of_copies(
         model, dict(zip(dict(model.named_parameters()), begins, strict=True)), FACTORS_2, loss_of
     )
