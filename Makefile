@@ -43,6 +43,7 @@ bench: $(VENV)/dev.installed
 	$(BIN)/python -m pytest benchmarks/test_probe.py --benchmark-json=build/probe.json
 	$(BIN)/python -m benchmarks.report build/probe.json probe
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m pytest benchmarks/test_tree.py --benchmark-json=build/tree.json
 	$(BIN)/python -m benchmarks.report build/tree.json tree
 

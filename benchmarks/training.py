@@ -1,0 +1,99 @@
+"""What AutoLR adds to a training: ``python -m benchmarks.training`` writes ``results/training.md``.
+
+A GPU is used where there is one, else the models that train in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from cpuinfo import get_cpu_info
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from autolr_fast import AutoLR
+
+from .problems import SEED, make_problem
+from .report import write
+
+__all__ = ["main"]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODELS = ("mlp", "convnet", "resnet18", "transformer") if DEVICE == "cuda" else ("mlp", "convnet")
+OPTIMIZERS: Mapping[str, Callable[[Any], Optimizer]] = {
+    "SGD": lambda parameters: SGD(parameters, lr=0.01),
+    "momentum": lambda parameters: SGD(parameters, lr=0.01, momentum=0.9),
+    "AdamW": lambda parameters: AdamW(parameters, lr=1e-3),
+}
+_WARM_UP = 5  # steps
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure all rows, and write them.
+
+    Args:
+        argv: the arguments; by default those of the process.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    parser.add_argument("--steps", type=int, default=500, help="of each training (500)")
+    steps = parser.parse_args(argv).steps
+    torch.set_flush_denormal(True)  # one batch is soon learned, and what is left of its gradients slow to compute
+    rows = []
+    for model in MODELS:
+        for optimizer in OPTIMIZERS:
+            rows.append(measure(model, optimizer, steps))
+            print(*(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    write("training", {"cpu": get_cpu_info(), "python_version": platform.python_version()}, date, rows)
+
+
+def measure(model: str, optimizer: str, steps: int) -> dict[str, Any]:
+    """Train with a cosine schedule, with AutoLR, and with the schedule again: the machine's speed drifts."""
+    before, (seconds, evaluator), after = (train(model, optimizer, steps, auto) for auto in (False, True, False))
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "steps": steps,
+        "cosine_ms": 1e3 * statistics.mean((before[0], after[0])) / steps,
+        "ms": 1e3 * seconds / steps,
+        "evaluator": evaluator,
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "seed": SEED,
+    }
+
+
+def train(model: str, optimizer: str, steps: int, auto: bool) -> tuple[float, str]:
+    """Train from the same start on one batch, which costs what any does; return seconds, and what evaluated."""
+    problem = make_problem(model, DEVICE)
+    for _ in range(_WARM_UP):
+        problem.closure().backward()
+    optim = OPTIMIZERS[optimizer](problem.model.parameters())
+    scheduler: Any = AutoLR(optim, problem.model, total_steps=steps) if auto else CosineAnnealingLR(optim, steps)
+    _wait()
+    start = time.perf_counter()
+    for _ in range(steps):
+        optim.zero_grad()
+        problem.closure().backward()
+        optim.step()
+        scheduler.step(*[problem.closure] * auto)
+    _wait()
+    return time.perf_counter() - start, scheduler.evaluator.name if auto else ""
+
+
+def _wait() -> None:
+    """Wait until the device has finished."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
