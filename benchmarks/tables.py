@@ -195,8 +195,7 @@ def _with_gpu(lines: list[str], header: Mapping[str, Any]) -> str:
             "",
             "## GPU",
             "",
-            "`make bench TORCH=torch` on a machine with a GPU writes the same pages to [gpu/](gpu); those of",
-            "memory and of a search are still missing.",
+            "`make bench TORCH=torch` on a machine with a GPU writes the same pages to [gpu/](gpu).",
         ]
     return "\n".join(lines) + "\n"
 
@@ -205,8 +204,8 @@ def training(header: Mapping[str, Any], rows: Rows) -> str:
     """Return one table, a row for each model and optimizer."""
     lines = _head("What AutoLR adds to a training", header)
     lines += [
-        "Milliseconds a step of a whole training with the defaults, with all that is done once, and of the same with",
-        "a cosine schedule, which is timed before and after it.",
+        "Milliseconds a step of a whole training with the defaults, with all that is done once in it, and of the",
+        "same with a cosine schedule, which is timed before and after it.",
         "",
         "| model | optimizer | steps | cosine | AutoLR | it adds | evaluator |",
         "|---|---|---|---|---|---|---|",

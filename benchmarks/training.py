@@ -45,13 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=500, help="of each training (500)")
     steps = parser.parse_args(argv).steps
     torch.set_flush_denormal(True)  # one batch is soon learned, and what is left of its gradients slow to compute
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    machine = {"cpu": get_cpu_info(), "python_version": platform.python_version()}
     rows = []
     for model in MODELS:
         for optimizer in OPTIMIZERS:
             rows.append(measure(model, optimizer, steps))
             print(*(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    write("training", {"cpu": get_cpu_info(), "python_version": platform.python_version()}, date, rows)
+            write("training", machine, date, rows)  # what was measured stays if this is stopped
 
 
 def measure(model: str, optimizer: str, steps: int) -> dict[str, Any]:

@@ -642,7 +642,7 @@ def test_an_error_that_is_the_closures_own_does_not_end_batching():
     assert auto.name != "auto"
 
 
-@pytest.mark.parametrize("held", [{"a": 1, "b": 2}, ["a", "b"], {"a", "b"}, collections.deque("ab")], ids=str)
+@pytest.mark.parametrize("held", [{"a": 1, "b": 2}, ["a", "b"], {"a", "b"}, collections.deque("ab")], ids=type)
 def test_containers_of_modules_go_back(held):
     """Also where as many of the same objects are in them, in another order or under other names."""
     model = mlp()
