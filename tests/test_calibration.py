@@ -8,6 +8,7 @@ from torch import nn
 
 from autolr_fast import FACTORS_2, FACTORS_3, FACTORS_7, AutoLR
 from autolr_fast.calibration import Look, search, search_again, steady_state
+from benchmarks.models import CharacterTransformer
 
 from .helpers import assert_same, between, everything, losses_of_copies, problem, sgd, train_step
 
@@ -452,6 +453,26 @@ def test_steps_that_blow_the_loss_up_are_taken_again(build, window, small, monke
         model, dict(zip(dict(model.named_parameters()), begins, strict=True)), FACTORS_2, loss_of
     )
     assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_batch_is_learned_by_heart_and_not_lost(seed):
+    """Without it, the loss was 1e4 and more after a dozen of these steps, and then not a number."""
+    torch.manual_seed(seed)
+    model = CharacterTransformer(65, width=64, layers=2, heads=4, context=32)
+    text = torch.randint(65, (8, 33))
+    optimizer = sgd(model, lr=0.01)
+    scheduler = AutoLR(optimizer, model, total_steps=500)
+    losses = []
+
+    def loss_of(model):
+        return F.cross_entropy(model(text[:, :-1]).flatten(0, -2), text[:, 1:].flatten())
+
+    for _ in range(30):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+        losses.append(loss_of(model).item())
+    assert max(losses) < 100
 
 
 def test_later_steps_are_not_taken_again():
