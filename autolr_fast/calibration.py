@@ -105,7 +105,12 @@ def search(look: Callable[[float, int], Look], lowest: float, highest: float, *,
 
 
 def search_again(
-    look: Callable[[float, int], Look], loss: float, before: float, *, maximize: bool = False
+    look: Callable[[Sequence[float]], Look],
+    factors: Sequence[float],
+    loss: float,
+    before: float,
+    *,
+    maximize: bool = False,
 ) -> Found | None:
     """Find how long the last steps had better been, if the loss blew up in them.
 
@@ -113,22 +118,27 @@ def search_again(
     lower rate brings back a network that is lost.
 
     Args:
-        look: as in :func:`search`, along the steps.
-        loss: after them (negated, of what is maximized).
-        before: what it was in earlier steps, with other batches.
+        look: from factors of the steps to what these candidates say.
+        factors: those of the search.
+        loss: about where the steps ended (negated, of what is maximized): what tells whether to look at all.
+        before: the lowest of earlier steps, with other batches.
         maximize: whether a higher loss is better.
 
     Returns:
-        ``None`` if the loss did not blow up, or where the steps began it is as high with this batch, or it is not
-        finite wherever they end.
+        ``None`` if the loss did not blow up, with this batch, from where the steps began to where they ended, or is
+        not finite where they began.
     """
     if not _has_blown_up(loss, before):
         return None
-    began = look(_SHORTEST, 1).losses
-    if not _has_blown_up(loss, (-began if maximize else began).nan_to_num(nan=math.inf).min().item()):
+    ends = look((1.0, _SHORTEST)).losses
+    ended, began = (-ends if maximize else ends).tolist()
+    if not (math.isfinite(began) and _has_blown_up(ended, began)):
         return None
-    found = search(look, _SHORTEST, 1.0, maximize=maximize)
-    return None if found.unseen or found.lowest == math.inf else found
+    found = search(
+        lambda ratio, power: look(tuple(ratio * f**power for f in factors)), _SHORTEST, 1.0, maximize=maximize
+    )
+    best = found if found.lowest < began else found._replace(ratio=_SHORTEST, lowest=began)
+    return best._replace(rounds=found.rounds + 1)
 
 
 def _has_blown_up(loss: float, before: float) -> bool:

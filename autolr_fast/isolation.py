@@ -71,7 +71,7 @@ class Isolation:
         modules = list(self._model.modules())
         self._modules = ModuleStates(modules)
         self._random = RandomStreams()
-        parameters = self._modules.parameters
+        parameters = list(self._model.parameters())  # which may hold other than those of the modules
         self._gradients = [(parameter, parameter.grad) for parameter in parameters]
         self._frozen = _copies_of_frozen(parameters)
         for parameter in parameters:
@@ -138,9 +138,6 @@ class ModuleStates:
 
     Args:
         modules: a model and all its submodules.
-
-    Attributes:
-        parameters: of all the modules, each once.
     """
 
     @torch.no_grad()
@@ -158,11 +155,11 @@ class ModuleStates:
         self._copies = [copy.copy(live) for live in containers]
         self._dicts = [live for live in containers if isinstance(live, dict)]
         self._held = self._lengths(), list(self._keys()), list(self._dict_values())
-        held = (parameter for module in modules for parameter in module._parameters.values())
-        self.parameters = list(dict.fromkeys(parameter for parameter in held if parameter is not None))
         self._parameters = [
             (parameter, parameter.requires_grad, parameter.data_ptr(), parameter.data)
-            for parameter in self.parameters
+            for module in modules
+            for parameter in module._parameters.values()
+            if parameter is not None
         ]
         self._values = Copies(list(tensors.values()))
 

@@ -24,7 +24,7 @@ class Probe:
         lr_before: learning rate of each param group when the step was taken.
         lr_after: learning rate of each param group for the next step, annealing included.
         evaluator: name of the evaluator that ran.
-        rounds: how often the losses were evaluated; more than 1 only for the calibrating search.
+        rounds: how often losses were evaluated: more than once where calibration took steps again.
     """
 
     step: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,8 +41,8 @@ class AutoLR(LRScheduler):
 
     A probe evaluates the loss at N scaled versions of what the optimizer did in its last steps,
     ``prev + f * (now - prev)``, and multiplies the learning rate by the score-weighted geometric mean of the
-    factors. It changes nothing but the learning rate. Probing finds the *level*; annealing takes it to zero:
-    ``lr = level * anneal(fraction of training done)``.
+    factors. It changes nothing but the learning rate (``calibrate`` apart). Probing finds the *level*; annealing
+    takes it to zero: ``lr = level * anneal(fraction of training done)``.
 
     The rule is Algorithm 1 of Kim & Yu, "Automated learning rate scheduling with in-training information";
     :meth:`paper` gives their own setting. The defaults (calibration, two factors, windows that suit the optimizer,
@@ -344,23 +344,10 @@ class AutoLR(LRScheduler):
         if line is None:
             return
         lr_before = self._rates.current()
-        calibrates = now <= self._cadence.calibrate
-        found = None
-        if self._searched or not calibrates:
-            level = self._rates.level
-            before, exponent = level.clone(), self._rates.multiplier(now)
-            rounds, seen = 1, self._look(line, self.factors, closure)
-            weights, factor = self._follow(seen.losses, level, exponent)
-            loss = seen.losses[self._unscaled]
-            falls = self._guard.hold(-loss if self._maximizes else loss, level)
-            if self._settles:
-                self._rates.settle(before, falls)
-            if calibrates and line.window:
-                found = self._retake(line, closure, loss.item(), before)
+        if self._searched or now > self._cadence.calibrate:
+            rounds, seen, weights, factor = self._move(line, closure, now)
         else:
-            found = self._search(line, closure)
-        if found is not None:
-            rounds, seen, factor = found
+            rounds, seen, factor = self._search(line, closure)
             weights, _ = self._follow(seen.losses, self._rates.level.clone())  # the level is where the search ended
         self._probed_step = now
         self._snapshots.drop_used()
@@ -378,6 +365,36 @@ class AutoLR(LRScheduler):
             rounds=rounds,
         )
 
+    def _move(self, line: Line, closure: Closure, now: int) -> tuple[int, Look, Tensor, Tensor]:
+        """Move the level by a look at the factors; return the rounds, the look, its weights and the factor."""
+        seen = self._look(line, self.factors, closure)
+        loss = self._cost(seen.losses[self._unscaled])
+        again = None
+        if now <= self._cadence.calibrate and line.window:
+            again = search_again(
+                lambda factors: self._look(line, factors, closure),
+                self.factors,
+                loss.item(),
+                self._lowest_loss,
+                maximize=self._maximizes,
+            )
+            self._lowest_loss = min(self._lowest_loss, loss.item() if again is None else again.lowest)
+        # From here on nothing raises that a closure can cause.
+        level = self._rates.level
+        before = level.clone()
+        weights, factor = self._follow(seen.losses, level, self._rates.multiplier(now))
+        falls = self._guard.hold(loss if again is None else torch.full_like(loss, again.lowest), level)
+        if again is not None:
+            self._take_again(line, again.ratio)
+            self._rates.set_level(torch.minimum(level, before * max(again.ratio, LOWEST_AGAIN)))
+            return 1 + again.rounds, seen, weights, torch.full_like(level, again.ratio)
+        if self._settles:
+            self._rates.settle(before, falls)
+        return 1, seen, weights, factor
+
+    def _cost(self, loss: Tensor) -> Tensor:
+        return -loss if self._maximizes else loss
+
     def _look(self, line: Line, factors: Sequence[float], closure: Closure) -> Look:
         """Evaluate candidates."""
         with self._snapshots.refusing_steps():
@@ -391,7 +408,7 @@ class AutoLR(LRScheduler):
 
     def _follow(self, losses: Tensor, level: Tensor, exponent: float = 1.0) -> tuple[Tensor, Tensor]:
         """Move the level by what the losses at the factors say; return their weights [N] and factor, 0-dim."""
-        wanted = -losses if self._maximizes else losses
+        wanted = self._cost(losses)
         lowest, highest = self._rates.limits
         if isinstance(self._normalize, str) and isinstance(self._score, str):
             rule = self._normalize  # there is one score with a name, and the operator computes it
@@ -407,7 +424,10 @@ class AutoLR(LRScheduler):
         taken = float(self._rates.annealed(max(self.last_epoch, 0)))
         lowest, highest = (limit / taken for limit in self._rates.limits)
         ratio, seen, rounds, unseen, loss = search(
-            self._look_along(line, closure), lowest, highest, maximize=self._maximizes
+            lambda ratio, power: self._look(line, tuple(ratio * f**power for f in self.factors), closure),
+            lowest,
+            highest,
+            maximize=self._maximizes,
         )
         if unseen or loss == math.inf:
             cause = (
@@ -430,33 +450,12 @@ class AutoLR(LRScheduler):
         self._lowest_loss = loss
         return rounds, seen, torch.full_like(self._rates.level, ratio)
 
-    def _retake(self, line: Line, closure: Closure, loss: float, level: Tensor) -> tuple[int, Look, Tensor] | None:
-        """Take the steps of a line again, shorter, if the loss blew up in them; return what :meth:`_search` does.
-
-        Args:
-            line: of the last steps.
-            closure: returns the loss.
-            loss: of the candidate nearest to where they ended.
-            level: at which they were taken, 0-dim.
-        """
-        loss = -loss if self._maximizes else loss
-        lowest, self._lowest_loss = self._lowest_loss, min(self._lowest_loss, loss)
-        found = search_again(self._look_along(line, closure), loss, lowest, maximize=self._maximizes)
-        if found is None:
-            return None
-        self._take_again(line, found.ratio)
-        self._rates.set_level(level * max(found.ratio, LOWEST_AGAIN))
-        return found.rounds, found.seen, torch.full_like(self._rates.level, found.ratio)
-
-    def _look_along(self, line: Line, closure: Closure) -> Callable[[float, int], Look]:
-        return lambda ratio, power: self._look(line, tuple(ratio * f**power for f in self.factors), closure)
-
     def _take_again(self, line: Line, ratio: float) -> None:
         """Put the parameters where a line's steps, at ``ratio`` times their learning rates, would have ended."""
         if ratio != 1.0:
+            self._snapshots.retake(ratio, line.window)
             for index, live in enumerate(map(local, line.parameters)):  # one by one: no copy of all is made
                 line.write_one(ratio, live.clone(), live, index)
-            self._snapshots.retake(ratio, line.window)
 
     def _apply(self) -> None:
         self._rates.apply(self.last_epoch)
@@ -467,7 +466,7 @@ class AutoLR(LRScheduler):
 
     def _warn_of_missed_probes(self, now: int) -> None:
         steps = range(max(self.last_epoch, 0), now)
-        if any(self._cadence.window_at(step) and step != self._offered_step for step in steps):
+        if any(self._cadence.window_at(step) and step > self._offered_step for step in steps):
             self._warn_once(
                 "a probe was due, but scheduler.step was called without a closure, or not after every "
                 "optimizer.step(): the learning rate was not searched. Call "

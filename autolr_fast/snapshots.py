@@ -157,7 +157,8 @@ class Snapshots:
                 del self._taken[step]  # that probe is left out
                 continue
             for parameter, value in taken.values.items():
-                before = start.values[parameter]
+                if (before := start.values.get(parameter)) is None:  # it joined later, and its steps stay
+                    continue
                 before = sample(before) if taken.sampled and not start.sampled else before
                 torch.lerp(local(before), local(value), ratio, out=local(value))
 

@@ -1,3 +1,4 @@
+import copy
 import math
 import random
 
@@ -368,41 +369,49 @@ def test_losses_too_close_to_tell(losses, precision, unseen):
     assert search(look, 1e-9, 1e9).unseen is unseen
 
 
-def steps_of(loss_at, sign=1.0):
-    """What :func:`search_again` looks at, and the ratios that it did."""
-    ratios = []
+def again(loss_at, loss, before, sign=1.0):
+    """Search again along steps; return what was found, and at how many factors was looked."""
+    factors = []
 
-    def look(ratio, power):
-        factors = (ratio * 1.5**power, ratio / 1.5**power)
-        ratios.append(ratio)
-        losses = torch.tensor([sign * loss_at(factor) for factor in factors], dtype=torch.float64)
-        return Look(factors, losses, precision=1e-7)
+    def look(some):
+        factors.extend(some)
+        losses = torch.tensor([sign * loss_at(factor) for factor in some], dtype=torch.float64)
+        return Look(some, losses, precision=1e-7)
 
-    return look, ratios
+    return search_again(look, FACTORS_2, loss, before, maximize=sign < 0), len(factors)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["minimized", "maximized"])
 def test_steps_after_which_the_loss_is_eight_times_as_high_had_better_been_shorter(sign):
-    look, _ = steps_of(lambda ratio: 1 + 100 * (ratio - 0.1) ** 2, sign)
-    found = search_again(look, 82.0, 1.5, maximize=sign < 0)
+    found, _ = again(lambda ratio: 1 + 100 * (ratio - 0.1) ** 2, 82.0, 1.5, sign)
     assert found.ratio == pytest.approx(0.1)
     assert found.lowest < 1.1
 
 
+def test_a_negative_loss_blows_up_by_its_size():
+    assert again(lambda ratio: 7.1 * ratio - 1, 6.1, -1.0)[0].ratio == 1e-3
+    assert again(lambda ratio: 6.9 * ratio - 1, 5.9, -1.0) == (None, 0)
+
+
+def test_where_no_shorter_steps_help_they_are_undone():
+    """What is nearest to where they ended may be better the longer it is."""
+    found, _ = again(lambda ratio: 1 + 100 * min(ratio, 0.1) - 0.5 * ratio, 10.5, 1.0)
+    assert found.ratio == 1e-3
+    assert found.lowest < 1.2
+
+
 @pytest.mark.parametrize(
-    ("loss_at", "loss", "before", "looks"),
+    ("loss_at", "loss", "before", "looked"),
     [
         (lambda ratio: 7.9, 7.9, 1.0, 0),  # not as much
-        (lambda ratio: 7.9 * ratio, 7.9, -1.0, 1),  # of a negative loss, its size
-        (lambda ratio: 2 + 8 * ratio, 10.0, 1.0, 1),  # another batch had a lower loss
+        (lambda ratio: 2 + 8 * ratio, 10.0, 1.0, 2),  # another batch had a lower loss
+        (lambda ratio: 1 + 99 * (ratio > 1), 100.0, 1.0, 2),  # only further steps would have done harm
         (lambda ratio: 5.0, 5.0, math.inf, 0),  # nothing known from before
-        (lambda ratio: math.nan, math.nan, 1.0, 1),  # nor is it finite with shorter steps
+        (lambda ratio: math.nan, math.nan, 1.0, 2),  # nor is it finite where they began
     ],
 )
-def test_steps_that_did_no_harm_stay(loss_at, loss, before, looks):
-    look, ratios = steps_of(loss_at)
-    assert (search_again(look, loss, before) is None) == (loss != 7.9 or before > 0)
-    assert len(ratios) >= looks
+def test_steps_that_did_no_harm_stay(loss_at, loss, before, looked):
+    assert again(loss_at, loss, before) == (None, looked)
 
 
 BUILDS = {
@@ -414,8 +423,9 @@ BUILDS = {
 
 @pytest.mark.parametrize("small", [0, 2**20], ids=["told", "copied"])
 @pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("at", [3, 6])
 @pytest.mark.parametrize("build", sorted(BUILDS))
-def test_steps_that_blow_the_loss_up_are_taken_again(build, window, small, monkeypatch):
+def test_steps_that_blow_the_loss_up_are_taken_again(build, at, window, small, monkeypatch):
     """Shorter, in one with those before them; what is kept from in between goes with them."""
     monkeypatch.setattr("autolr_fast.memory.SMALL", small)
     model, loss_of = problem("mlp")
@@ -427,15 +437,18 @@ def test_steps_that_blow_the_loss_up_are_taken_again(build, window, small, monke
         history.append([parameter.detach().clone() for parameter in model.parameters()])
         train_step(model, optimizer, loss_of)
 
-    for _ in range(5):
+    lowest = math.inf
+    for _ in range(at - 1):
         train()
         scheduler.step(lambda: loss_of(model))
+        lowest = min(lowest, *scheduler.last_probe.losses[:1].tolist())
+    assert scheduler.state_dict()["lowest_loss"] == pytest.approx(lowest, rel=0.2)
     level = scheduler.level[0]
     optimizer.param_groups[0]["lr"] *= 300
     train()
     blown, loss = [parameter.detach().clone() for parameter in model.parameters()], loss_of(model).item()
     scheduler.step(lambda: loss_of(model))
-    ratio, start = scheduler.last_probe.factor.item(), history[6 - window]
+    ratio, start = scheduler.last_probe.factor.item(), history[at - window]
     assert scheduler.last_probe.rounds > 1
     assert ratio < 0.2
     assert scheduler.level[0] == pytest.approx(level / 2)
@@ -443,16 +456,132 @@ def test_steps_that_blow_the_loss_up_are_taken_again(build, window, small, monke
     for old, new, parameter in zip(start, blown, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.detach(), between(old, new, ratio), rtol=1e-3, atol=1e-4)
     train()
-    begins = history[7 - window]
+    begins = history[at + 1 - window]
     if window > 1:
         begins = [between(old, new, ratio) for old, new in zip(start, begins, strict=True)]
     scheduler.step(lambda: loss_of(model))
-    assert scheduler.last_probe.step == 7
+    assert scheduler.last_probe.step == at + 1
     assert scheduler._snapshots._state_tells  # what it told is what was taken
     expected = losses_of_copies(
         model, dict(zip(dict(model.named_parameters()), begins, strict=True)), FACTORS_2, loss_of
     )
     assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-2)
+
+
+def spiked(model, loss_of, optimizer, scheduler):
+    """Train for five steps, and take the sixth at a rate that is far too high."""
+    for step in range(1, 7):
+        if step == 6:
+            optimizer.param_groups[0]["lr"] *= 300
+        train_step(model, optimizer, loss_of)
+        if step < 6:
+            scheduler.step(lambda: loss_of(model))
+
+
+def test_a_higher_value_that_is_wanted_does_not_blow_up():
+    model, loss_of = problem("mlp")
+    twin = copy.deepcopy(model)
+    value_of = lambda model: -loss_of(model)  # noqa: E731
+    ratios = []
+    for network, of, maximize in ((model, loss_of, False), (twin, value_of, True)):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, maximize=maximize)
+        scheduler = AutoLR(optimizer, network, evaluator="inplace")
+        spiked(network, of, optimizer, scheduler)
+        scheduler.step(lambda network=network, of=of: of(network))
+        assert scheduler.last_probe.rounds > 1
+        ratios.append(scheduler.last_probe.factor.item())
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("raise_at", [1, 3, 5, 9])
+def test_a_closure_that_raises_while_steps_are_taken_again_loses_nothing(raise_at):
+    def start():
+        torch.manual_seed(0)
+        model, loss_of = problem("mlp")
+        optimizer = sgd(model, momentum=0.9)
+        scheduler = AutoLR(optimizer, model, evaluator="inplace")
+        spiked(model, loss_of, optimizer, scheduler)
+        return model, optimizer, scheduler, loss_of
+
+    model, optimizer, scheduler, loss_of = start()
+    before, calls = everything(model, optimizer), []
+
+    def raising():
+        calls.append(1)
+        if len(calls) == raise_at:
+            raise OSError("no data")
+        return loss_of(model)
+
+    state = scheduler.state_dict()
+    with pytest.raises(OSError, match="no data"):
+        scheduler.step(raising)
+    assert_same(before, everything(model, optimizer))
+    assert str(scheduler.state_dict()) == str(state | {"offered_step": 6})
+    scheduler.step(lambda: loss_of(model))
+    twin, twins_optimizer, twins_scheduler, _ = start()
+    twins_scheduler.step(lambda: loss_of(twin))
+    assert_same(everything(twin, twins_optimizer), everything(model, optimizer))
+    assert str(scheduler.state_dict()) == str(twins_scheduler.state_dict())
+
+
+def test_what_was_unfrozen_since_the_steps_began_keeps_its_own():
+    model, loss_of = problem("mlp")
+    model[0].requires_grad_(False)
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, window=2, evaluator="inplace")
+    for _ in range(5):
+        train_step(model, optimizer, loss_of)
+        scheduler.step(lambda: loss_of(model))
+    model[0].requires_grad_(True)
+    optimizer.param_groups[0]["lr"] *= 300
+    train_step(model, optimizer, loss_of)
+    own, taken = model[0].weight.detach().clone(), model[2].weight.detach().clone()
+    scheduler.step(lambda: loss_of(model))
+    assert scheduler.last_probe.rounds > 1
+    assert torch.equal(model[0].weight, own)
+    assert not torch.equal(model[2].weight, taken)
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
+
+
+def test_what_is_not_lost_is_no_plateau():
+    """The guard sees the loss after the steps that stay, not that of those that were taken again."""
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, evaluator="inplace", anneal="plateau")
+    spiked(model, loss_of, optimizer, scheduler)
+    blown = loss_of(model).item()
+    level = scheduler._rates.level.item()
+    scheduler.step(lambda: loss_of(model))
+    assert max(scheduler.state_dict()["guard"]["losses"]) < blown / 8
+    assert scheduler.state_dict()["settled"] == 1.0
+    assert scheduler._rates.level.item() <= level / 2
+
+
+def test_a_run_resumed_after_steps_were_taken_again_is_the_same():
+    def start():
+        torch.manual_seed(0)
+        model, loss_of = problem("mlp")
+        optimizer = sgd(model, momentum=0.9)
+        return model, optimizer, AutoLR(optimizer, model, evaluator="inplace"), loss_of
+
+    model, optimizer, scheduler, loss_of = start()
+    spiked(model, loss_of, optimizer, scheduler)
+    scheduler.step(lambda: loss_of(model))
+    assert scheduler.last_probe.rounds > 1
+    assert scheduler.state_dict()["lowest_loss"] < 8
+    other, others_optimizer, resumed, _ = start()
+    other.load_state_dict(model.state_dict())
+    others_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.load_state_dict(copy.deepcopy(scheduler.state_dict()))
+    for network, optim, schedule in ((model, optimizer, scheduler), (other, others_optimizer, resumed)):
+        optim.param_groups[0]["lr"] *= 300
+        train_step(network, optim, loss_of)
+        schedule.step(lambda network=network: loss_of(network))
+        assert schedule.last_probe.rounds > 1
+    assert_same(everything(model, optimizer), everything(other, others_optimizer))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -665,6 +665,35 @@ def test_containers_of_modules_go_back(held):
     assert model.held is held
 
 
+def test_containers_that_only_grow_go_back():
+    model = mlp()
+    model[-1].last = []
+    with Isolation(model) as isolation:
+        isolation.run(lambda: model[-1].last.append(1) or model[0].weight.sum())
+    assert model[-1].last == []
+
+
+class Hiding(nn.Module):
+    """Its parameters are in a module that it does not register."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = [mlp()]
+
+    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+        return self.hidden[0].named_parameters(prefix, recurse, remove_duplicate)
+
+
+def test_gradients_of_parameters_that_no_module_registers_are_out_of_reach():
+    model = Hiding()
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with Isolation(model):
+        assert all(parameter.grad is None for parameter in parameters)
+    assert all(parameter.grad is not None for parameter in parameters)
+
+
 def test_isolation_runs_all_start_alike():
     with Isolation(mlp()) as isolation:
         runs = [isolation.run(lambda: torch.rand(()) + random.random() + numpy.random.rand()) for _ in range(3)]

@@ -34,8 +34,8 @@ class Auto(Evaluator):
     well, nothing is left to choose, and it is :class:`InPlace`.
 
     Nothing is measured under :func:`torch.use_deterministic_algorithms`, since a batched forward rounds
-    differently: :class:`Streamed` runs then, or :class:`InPlace` if that cannot serve. On several ranks, which must
-    all do the same whatever their batches, it is :class:`InPlace`.
+    differently: where it would be, :class:`Streamed` runs, or :class:`InPlace` if that cannot serve. On several
+    ranks, which must all do the same whatever their batches, it is :class:`InPlace`.
     """
 
     _FASTER = 0.95
