@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from autolr_fast import AutoLR
 from autolr_fast.reconstruction import sample
-from autolr_fast.snapshots import Cadence, Snapshots, windows_for
+from autolr_fast.snapshots import Cadence, Snapshot, Snapshots, windows_for
 
 from .helpers import mlp, problem, train_step
 
@@ -126,3 +126,23 @@ def test_hooks_go_with_their_owner_without_the_garbage_collector():
         assert not optimizer._optimizer_step_post_hooks
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("start_sampled", "sampled"), [(False, False), (False, True), (True, True), (True, False)])
+def test_what_is_kept_from_between_goes_with_steps_that_are_taken_again(start_sampled, sampled):
+    """Whole or as samples; where only samples tell where the steps began, nothing whole can, and is dropped."""
+    parameter = torch.nn.Parameter(torch.randn(200))
+    snapshots = Snapshots(torch.optim.SGD([parameter], lr=0.1), Cadence(every=1, calibrate=0, windows=(2, 1)))
+    start, between = torch.randn(2, 200)
+    expected = start + 0.25 * (between - start)
+    snapshots.steps = 3
+    snapshots._taken = {
+        1: Snapshot({parameter: sample(start) if start_sampled else start}, start_sampled),
+        2: Snapshot({parameter: sample(between) if sampled else between}, sampled),
+    }
+    snapshots.retake(0.25, window=2)
+    if start_sampled and not sampled:
+        assert list(snapshots._taken) == [1]
+    else:
+        kept = snapshots._taken[2].values[parameter]
+        torch.testing.assert_close(kept, sample(expected) if sampled else expected)
