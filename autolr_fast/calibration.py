@@ -17,7 +17,7 @@ _NOISE = 0.02  # of a loss: what rounding in a forward of 16 bits makes, at most
 LOWEST_AGAIN = 1 / 2
 """Of the level at which steps were taken, what is left at least for those after they were taken again."""
 _SHORTEST = 1e-3  # of steps that are taken again: next to where they began
-_BLOWN_UP = 8  # times as high a loss
+_BLOWN_UP = 4  # times as high a loss
 _CAUTION = 1 / 3  # the level after the first step, at most, in units of the rate that suits that step
 
 
@@ -142,7 +142,7 @@ def search_again(
 
 
 def _has_blown_up(loss: float, before: float) -> bool:
-    """Whether a loss is not finite, or eight times as high as another (above it by seven times its size)."""
+    """Whether a loss is not finite, or four times as high as another (above it by three times its size)."""
     return not loss - before <= (_BLOWN_UP - 1) * abs(before)
 
 

@@ -66,7 +66,7 @@ class AutoLR(LRScheduler):
             ``now - f * lr * grad`` with a fresh gradient of the closure (``window`` then plays no part).
         calibrate: how many of the first optimizer steps are all probed. The first probe searches along its step
             for the scale where the loss is lowest, whatever the score says, and takes that step again at the
-            rate found. A later one, if the loss is eight times as high as before, takes the last steps again,
+            rate found. A later one, if the loss is four times as high as before, takes the last steps again,
             shorter. Parameters change at no other time. 0 for none.
         guard: the level goes above its highest so far only if the mean loss of so many probes (fewer at first) is
             below that of as many before, by more than two standard errors; 0 lets it go wherever the factor says.
