@@ -393,6 +393,7 @@ class AutoLR(LRScheduler):
         return 1, seen, weights, factor
 
     def _cost(self, loss: Tensor) -> Tensor:
+        """Return what is to be low: the loss, or what is maximized, negated."""
         return -loss if self._maximizes else loss
 
     def _look(self, line: Line, factors: Sequence[float], closure: Closure) -> Look:
