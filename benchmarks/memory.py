@@ -6,12 +6,10 @@ process, and every row is measured in one of its own.
 
 from __future__ import annotations
 
-import datetime
 import gc
 import importlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import warnings
@@ -20,18 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cpuinfo import get_cpu_info
 
 from autolr_fast import EVALUATORS, FACTORS_7, AutoLR, EvaluatorError
 
 from . import resident
 from .baselines import BASELINES
+from .device import DEVICE, device_name
 from .problems import SEED, Problem, make_problem
-from .report import write
+from .report import write_now
 
 __all__ = ["Seen", "about", "main", "measure", "measure_apart", "watch"]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = ("wide mlp", "resnet18")
 FACTORS = FACTORS_7
 TRAININGS = ("plain training", "training with AutoLR(evaluator='streamed')")
@@ -47,8 +44,7 @@ def main() -> None:
         for what in ("snapshot", *EVALUATORS, *BASELINES, *TRAININGS):
             rows.append(measure_apart("benchmarks.memory", model, what))
             print(*(f"{name}={value}" for name, value in rows[-1].items() if name not in about()))
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    write("memory", {"cpu": get_cpu_info(), "python_version": platform.python_version()}, date, rows)
+    write_now("memory", rows)
 
 
 def measure_apart(module: str, *arguments: str | int) -> dict[str, Any]:
@@ -153,7 +149,7 @@ def about() -> dict[str, Any]:
         )
     return {
         "memory": counted,
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "device": device_name(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "seed": SEED,

@@ -5,19 +5,23 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpuinfo import get_cpu_info
+
 import autolr_fast
 
 from .pictures import PICTURES
 from .tables import TABLES
 
-__all__ = ["RESULTS", "main", "write"]
+__all__ = ["RESULTS", "main", "write", "write_now"]
 
 RESULTS = Path(__file__).parent / "results"
 """What was measured on a CPU; ``gpu/`` in it has the same of a GPU."""
@@ -69,6 +73,12 @@ def write(
     (folder / f"{name}.md").write_text(TABLES[name](header, every), encoding="utf-8")
     if name in PICTURES:
         PICTURES[name](header, every).savefig(folder / f"{name}.png", dpi=150)
+
+
+def write_now(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows that this process measured, today; see :func:`write`."""
+    machine = {"cpu": get_cpu_info(), "python_version": platform.python_version()}
+    write(name, machine, datetime.datetime.now(datetime.timezone.utc).date().isoformat(), rows)
 
 
 def _row(info: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from torch import Tensor
 from autolr_fast import FACTORS_7, ops
 from autolr_fast.candidates import StackedBuffer
 
+from .device import DEVICE, device_name, wait
 from .paper.models import ResNet18
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [choice.backend for choice in ops.explain(DEVICE) if not choice.reason]
 FACTORS = FACTORS_7
 
@@ -161,12 +161,12 @@ def measure(benchmark: Any, work: Work, what: str, run: Callable[[], object]) ->
     def copy_as_much() -> None:
         start = time.perf_counter()
         target.copy_(source)
-        _wait()
+        wait()
         copied.append(time.perf_counter() - start)
 
     def call() -> None:
         run()
-        _wait()
+        wait()
 
     benchmark.pedantic(call, setup=copy_as_much, rounds=work.rounds, warmup_rounds=2)
     benchmark.extra_info.update(
@@ -178,12 +178,7 @@ def measure(benchmark: Any, work: Work, what: str, run: Callable[[], object]) ->
         tensors=len(work.now),
         candidates=len(FACTORS),
         dtype="float32",
-        device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        device=device_name(),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
     )
-
-
-def _wait() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()

@@ -19,9 +19,9 @@ from autolr_fast import EVALUATORS, FACTORS_3, FACTORS_5, FACTORS_7, EvaluatorEr
 
 from .baselines import BASELINES, line_search
 from .conftest import Refusals
+from .device import DEVICE, device_name, wait
 from .problems import SEED, TEXT, Problem, make_problem
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FACTORS = {len(factors): factors for factors in (FACTORS_3, FACTORS_5, FACTORS_7)}
 MODELS = ("mlp", "convnet", "resnet18", "transformer")
 ROUNDS = dict.fromkeys(MODELS, 15) if DEVICE == "cuda" else dict(zip(MODELS, (100, 50, 3, 3), strict=True))
@@ -85,7 +85,7 @@ class Row(NamedTuple):
             parameters=sum(now.numel() for now in problem.now),
             tensors=len(problem.now),
             dtype="float32",
-            device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+            device=device_name(),
             torch=torch.__version__,
             threads=torch.get_num_threads(),
             seed=SEED,
@@ -147,9 +147,3 @@ def test_training_step(benchmark: Any, problem: Problem, expected: dict[float, f
     """Forward, backward and the optimizer's step: what a probe is a share of."""
     fresh = make_problem(problem.name, DEVICE)  # the line search needs the gradients that the other has
     Row(benchmark, fresh, expected, 3).time("training step", fresh.train)
-
-
-def wait() -> None:
-    """Wait until the device has finished."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()

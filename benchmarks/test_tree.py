@@ -17,11 +17,11 @@ import torch
 
 from autolr_fast import ALRTree
 
+from .device import DEVICE, device_name, wait
 from .memory import measure_apart
 from .problems import SEED, Problem, make_problem
 from .tree_memory import FACTORS, SEQUENTIAL
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = ("mlp", "convnet", "transformer")
 ROUNDS = dict(zip(MODELS, (10, 10, 5) if DEVICE == "cuda" else (30, 15, 2), strict=True))
 SIZES = ((1, 3), (2, 3), (3, 5), (4, 7))
@@ -83,7 +83,7 @@ def test_step(benchmark: Any, problem: Problem, method: str, size: tuple[int, in
         floors_ms=[1e3 * seconds for seconds in floors[-rounds:]],
         parameters=sum(now.numel() for now in problem.now),
         tensors=len(problem.now),
-        device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        device=device_name(),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         seed=SEED,
@@ -94,9 +94,3 @@ def test_step(benchmark: Any, problem: Problem, method: str, size: tuple[int, in
 def memory_of(model: str, size: tuple[int, int], method: str) -> dict[str, Any]:
     """Return the memory that a search takes, measured once."""
     return measure_apart("benchmarks.tree_memory", model, *size, method)
-
-
-def wait() -> None:
-    """Wait for the device."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()

@@ -6,26 +6,23 @@ A GPU is used where there is one, else the models that train in seconds.
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from cpuinfo import get_cpu_info
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from autolr_fast import AutoLR
 
+from .device import DEVICE, device_name, wait
 from .problems import SEED, make_problem
-from .report import write
+from .report import write_now
 
 __all__ = ["main"]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = ("mlp", "convnet", "resnet18", "transformer") if DEVICE == "cuda" else ("mlp", "convnet")
 OPTIMIZERS: Mapping[str, Callable[[Any], Optimizer]] = {
     "SGD": lambda parameters: SGD(parameters, lr=0.01),
@@ -45,14 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=500, help="of each training (500)")
     steps = parser.parse_args(argv).steps
     torch.set_flush_denormal(True)  # one batch is soon learned, and what is left of its gradients slow to compute
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    machine = {"cpu": get_cpu_info(), "python_version": platform.python_version()}
     rows = []
     for model in MODELS:
         for optimizer in OPTIMIZERS:
             rows.append(measure(model, optimizer, steps))
             print(*(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
-            write("training", machine, date, rows)  # what was measured stays if this is stopped
+            write_now("training", rows)  # what was measured stays if this is stopped
 
 
 def measure(model: str, optimizer: str, steps: int) -> dict[str, Any]:
@@ -65,7 +60,7 @@ def measure(model: str, optimizer: str, steps: int) -> dict[str, Any]:
         "cosine_ms": 1e3 * statistics.mean((before[0], after[0])) / steps,
         "ms": 1e3 * seconds / steps,
         "evaluator": evaluator,
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "device": device_name(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "seed": SEED,
@@ -79,21 +74,15 @@ def train(model: str, optimizer: str, steps: int, auto: bool) -> tuple[float, st
         problem.closure().backward()
     optim = OPTIMIZERS[optimizer](problem.model.parameters())
     scheduler: Any = AutoLR(optim, problem.model, total_steps=steps) if auto else CosineAnnealingLR(optim, steps)
-    _wait()
+    wait()
     start = time.perf_counter()
     for _ in range(steps):
         optim.zero_grad()
         problem.closure().backward()
         optim.step()
         scheduler.step(*[problem.closure] * auto)
-    _wait()
+    wait()
     return time.perf_counter() - start, scheduler.evaluator.name if auto else ""
-
-
-def _wait() -> None:
-    """Wait until the device has finished."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ import torch
 
 from autolr_fast import ALRTree, reference
 
+from .device import DEVICE
 from .memory import about, watch
 from .problems import make_problem
 
 __all__ = ["FACTORS", "SEQUENTIAL", "measure"]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEQUENTIAL = "one after another"
 FACTORS = {3: (2.0, 1.0, 0.5), 5: (4.0, 2.0, 1.0, 0.5, 0.25), 7: (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)}
 _EPOCHS, _LR = 2, 1e-6  # at a rate that leaves every branch finite
