@@ -53,7 +53,14 @@ class Found(NamedTuple):
     lowest: float
 
 
-def search(look: Callable[[float, int], Look], lowest: float, highest: float, *, maximize: bool = False) -> Found:
+def search(
+    look: Callable[[Sequence[float]], Look],
+    factors: Sequence[float],
+    lowest: float,
+    highest: float,
+    *,
+    maximize: bool = False,
+) -> Found:
     """Go to the best candidate seen until none is better: a pattern search over the logarithm of the ratio.
 
     The candidates lie further apart each round while the best one is at the edge of what was seen, and closer and
@@ -62,26 +69,26 @@ def search(look: Callable[[float, int], Look], lowest: float, highest: float, *,
     steps may be too short for the precision of the forward, and each loss as good as the next.
 
     Args:
-        look: from a ratio and a power to what the candidates ``ratio * factors ** power`` say.
+        look: from ratios to what these candidates say.
+        factors: the candidates of a round are ``ratio * factors ** power``.
         lowest: smallest ratio.
         highest: largest ratio.
         maximize: whether a higher loss is better.
 
     Example:
-        >>> def look(ratio, power):  # the best ratio is 8000
-        ...     factors = (ratio * 2**power, ratio / 2**power)
-        ...     losses = torch.tensor([(factor / 8000 - 1) ** 2 for factor in factors])
-        ...     return Look(factors, losses, precision=1e-7)
-        >>> found = search(look, 1e-6, 1e6)
+        >>> def look(ratios):  # the best ratio is 8000
+        ...     losses = torch.tensor([(ratio / 8000 - 1) ** 2 for ratio in ratios])
+        ...     return Look(ratios, losses, precision=1e-7)
+        >>> found = search(look, (2.0, 0.5), 1e-6, 1e6)
         >>> round(found.ratio), found.rounds
         (8000, 7)
     """
+    widest = max(factors)
     known: dict[float, float] = {}  # ratio -> its loss
     ratio = centre = 1.0  # where is looked, and where the best was
     power = leap = rounds = 1
     while True:
-        seen = look(ratio, power)
-        factor = (max(seen.factors) / ratio) ** (1 / power)
+        seen = look(tuple(ratio * factor**power for factor in factors))
         losses = (-seen.losses if maximize else seen.losses).tolist()
         known.update(zip(seen.factors, (x if math.isfinite(x) else math.inf for x in losses), strict=True))
         best = _best(known)
@@ -93,11 +100,11 @@ def search(look: Callable[[float, int], Look], lowest: float, highest: float, *,
             ratio = centre = best
         elif not unseen and ratio == centre and power > 1:  # no better: look closer
             power //= 2
-        elif factor > 1 and max(known) < highest and not _has_risen(known, best):  # it may be, further up
-            ratio, power = max(known) * factor ** (3 * leap), leap
+        elif widest > 1 and max(known) < highest and not _has_risen(known, best):  # it may be, further up
+            ratio, power = max(known) * widest ** (3 * leap), leap
             leap = min(2 * leap, _WIDEST // 2)
-        elif factor > 1 and unseen and min(known) > lowest:  # or further down, if the loss has saturated
-            ratio, power = min(known) / factor ** (3 * leap), leap
+        elif widest > 1 and unseen and min(known) > lowest:  # or further down, if the loss has saturated
+            ratio, power = min(known) / widest ** (3 * leap), leap
         else:
             break
         rounds += 1
@@ -134,9 +141,7 @@ def search_again(
     ended, began = (-ends if maximize else ends).tolist()
     if not (math.isfinite(began) and _has_blown_up(ended, began)):
         return None
-    found = search(
-        lambda ratio, power: look(tuple(ratio * f**power for f in factors)), _SHORTEST, 1.0, maximize=maximize
-    )
+    found = search(look, factors, _SHORTEST, 1.0, maximize=maximize)
     best = found if found.lowest < began else found._replace(ratio=_SHORTEST, lowest=began)
     return best._replace(rounds=found.rounds + 1)
 

@@ -425,7 +425,8 @@ class AutoLR(LRScheduler):
         taken = float(self._rates.annealed(max(self.last_epoch, 0)))
         lowest, highest = (limit / taken for limit in self._rates.limits)
         ratio, seen, rounds, unseen, loss = search(
-            lambda ratio, power: self._look(line, tuple(ratio * f**power for f in self.factors), closure),
+            lambda ratios: self._look(line, ratios, closure),
+            self.factors,
             lowest,
             highest,
             maximize=self._maximizes,
