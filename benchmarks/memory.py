@@ -6,6 +6,7 @@ process, and every row is measured in one of its own.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
 import json
@@ -13,7 +14,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,26 @@ _CLEAR = Path("/proc/self/clear_refs")
 _RESETS = os.access(_CLEAR, os.W_OK)
 
 
-def main() -> None:
-    """Measure all rows, and write them."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure all rows and write them, or print one.
+
+    Args:
+        argv: the arguments; by default those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description="Measure the memory of probes, and write the tables."
+    )
+    add = parser.add_argument
+    add(
+        "row", nargs="*", metavar="MODEL WHAT", help="measure this row alone, in this process, and print it as JSON"
+    )
+    row = parser.parse_args(argv).row
+    if row:
+        if len(row) != 2:
+            parser.error(f"{' '.join(row)}: expected a model and what is measured, or nothing")
+        warnings.simplefilter("ignore")  # auto says what it cannot use
+        print(json.dumps(measure(*row)))
+        return
     rows = []
     for model in MODELS:
         for what in ("snapshot", *EVALUATORS, *BASELINES, *TRAININGS):
@@ -157,8 +176,4 @@ def about() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
-    else:
-        warnings.simplefilter("ignore")  # auto says what it cannot use
-        print(json.dumps(measure(*sys.argv[1:])))
+    main()

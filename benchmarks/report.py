@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,21 @@ RESULTS = Path(__file__).parent / "results"
 """What was measured on a CPU; ``gpu/`` in it has the same of a GPU."""
 
 
-def main(source: Path, name: str) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the results of a suite.
 
     Args:
-        source: JSON of pytest-benchmark, whose rows have the ``extra_info`` of the suite.
-        name: ``"ops"`` or ``"probe"``.
+        argv: the arguments; by default those of the process.
     """
-    measured = json.loads(source.read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description="Write the tables of what pytest-benchmark measured."
+    )
+    parser.add_argument("benchmark", type=Path, help="JSON of pytest-benchmark")
+    parser.add_argument("name", choices=("ops", "probe", "tree"), help="of the suite")
+    args = parser.parse_args(argv)
+    measured = json.loads(args.benchmark.read_text(encoding="utf-8"))
     rows = [_row(row["extra_info"], row["stats"]) for row in measured["benchmarks"]]
-    write(name, measured["machine_info"], measured["datetime"][:10], rows, measured.get("refused", ()))
+    write(args.name, measured["machine_info"], measured["datetime"][:10], rows, measured.get("refused", ()))
 
 
 def write(
@@ -98,4 +103,4 @@ def _by_model(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main()

@@ -5,9 +5,10 @@ Prints one row as JSON, measured in this process; ``benchmarks/test_tree.py`` ru
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from autolr_fast import ALRTree, reference
 
 from .device import DEVICE
 from .memory import about, watch
-from .problems import make_problem
+from .problems import PROBLEMS, make_problem
 
-__all__ = ["FACTORS", "SEQUENTIAL", "measure"]
+__all__ = ["FACTORS", "SEQUENTIAL", "main", "measure"]
 
 SEQUENTIAL = "one after another"
 FACTORS = {3: (2.0, 1.0, 0.5), 5: (4.0, 2.0, 1.0, 0.5, 0.25), 7: (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)}
@@ -58,7 +59,23 @@ def measure(model: str, beams: int, factors: int, method: str) -> dict[str, Any]
     return {**row, "peak": (seen.peak - seen.before) / size, "ran": ran, **about()}
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a row.
+
+    Args:
+        argv: the arguments; by default those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tree_memory", description="Measure the memory of a search; print it as JSON."
+    )
+    parser.add_argument("model", choices=PROBLEMS)
+    parser.add_argument("beams", type=int, help="M")
+    parser.add_argument("factors", type=int, choices=FACTORS, help="N")
+    parser.add_argument("method", choices=("auto", "batched", "sequential", SEQUENTIAL))
+    args = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # auto says what it cannot use
-    name, beams, factors, method = sys.argv[1:]
-    print(json.dumps(measure(name, int(beams), int(factors), method)))
+    print(json.dumps(measure(args.model, args.beams, args.factors, args.method)))
+
+
+if __name__ == "__main__":
+    main()

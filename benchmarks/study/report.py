@@ -19,9 +19,13 @@ from .grid import BATCH_SIZES, LENGTHS, STARTS, TUNED
 from .methods import METHODS, OPTIMIZERS
 from .slices import RESULTS, read
 from .tasks import TASKS
+from .variants import VARIANTS
 
 Row = Mapping[str, Any]
-_COMMAND = "python -m benchmarks.study --images DIR --text FILE; python -m benchmarks.study.report"
+_COMMAND = (
+    "python -m benchmarks.study starts --seeds 5 --images DIR --text FILE; "
+    "python -m benchmarks.study --images DIR --text FILE; python -m benchmarks.study.report"
+)
 _DRAWN = ("AutoLR", "cosine", "one cycle", "D-Adaptation", "Prodigy", "Schedule-Free", "DoG", "SaLSA")
 _CLOSE = 1.0  # point of accuracy, or % of the loss
 _LOST = {"accuracy": 0.0, "loss": math.inf}
@@ -81,6 +85,14 @@ class Outcome:
         return {
             lr: {seed: gain(self.task, by_seed[seed], references[seed]) for seed in by_seed if seed in references}
             for lr, by_seed in self.results.items()
+        }
+
+    def changes(self, other: Outcome) -> Gains:
+        """Return by how much each run is better than another's of the same seed from the same start."""
+        return {
+            lr: {seed: gain(self.task, by_seed[seed], theirs[seed]) for seed in by_seed if seed in theirs}
+            for lr, by_seed in self.results.items()
+            if (theirs := other.results.get(lr))
         }
 
 
@@ -170,6 +182,42 @@ def _head(tuned: Outcome) -> str:
     return f"{tuned.task}: {result:.4g} at {lr:g}{', the end of the grid' if lr in (TUNED[0], TUNED[-1]) else ''}"
 
 
+def variants_table(found: Found, optimizer: str) -> list[str]:
+    """Return the table of AutoLR with one thing changed: a line a change, a column a task.
+
+    A cell is the gain over AutoLR unchanged. The last one is the time that it adds, in units of what AutoLR
+    unchanged adds to the same tasks.
+    """
+    default = {task: found[task, optimizer, "AutoLR"] for task in TASKS if (task, optimizer, "AutoLR") in found}
+    lines = [f"| {optimizer} | {' | '.join(default)} | time |", "|---" * (len(default) + 2) + "|"]
+    for name in VARIANTS:
+        changed = {
+            task: found[task, optimizer, f"AutoLR, {name}"]
+            for task in default
+            if (task, optimizer, f"AutoLR, {name}") in found
+        }
+        if changed:
+            cells = [noted(changed[task].changes(default[task])) if task in changed else "" for task in default]
+            extra = statistics.median(outcome.extra / default[task].extra for task, outcome in changed.items())
+            lines.append(f"| {name} | {' | '.join(cells)} | {extra:.2g} |")
+    return lines
+
+
+def noted(gains: Gains) -> str:
+    """Return the mean over the seeds of the median over the starts, and its standard error or how many seeds.
+
+    It is bold if it is more than two errors from nothing.
+    """
+    of_each = of_seeds(gains)
+    mean, noise = statistics.mean(of_each), error(gains)
+    if noise is not None:
+        mark = "**" if abs(mean) > 2 * noise else ""
+        return f"{mark}{mean:+.1f} ± {noise:.1f}{mark}"
+    if math.isinf(mean):
+        return f"**{mean:+.1f}**"
+    return f"{mean:+.1f} ({len(of_each)} seed{'s' * (len(of_each) > 1)})"
+
+
 def by_optimizer(cell: Callable[[str, str], str]) -> list[str]:
     """Return a table with a line an optimizer and a column a task.
 
@@ -184,20 +232,13 @@ def by_optimizer(cell: Callable[[str, str], str]) -> list[str]:
 
 
 def held_out_table(found: Found) -> list[str]:
-    """Return the table of what AutoLR reaches against rates that were chosen by other seeds.
-
-    A cell is the mean over the seeds of the median over the starts, and its standard error; bold where it is more
-    than two errors below nothing.
-    """
+    """Return the table of what AutoLR gains over rates that were chosen by other seeds."""
 
     def cell(task: str, optimizer: str) -> str:
         auto, cosine = found.get((task, optimizer, "AutoLR")), found.get((task, optimizer, "cosine"))
         if auto is None or cosine is None or min(auto.seeds, cosine.seeds) < 3:
             return ""
-        gains = auto.gains(cosine, held_out=True)
-        mean, noise = statistics.mean(of_seeds(gains)), error(gains)
-        mark = "**" if mean < -2 * (noise or 0.0) else ""
-        return f"{mark}{mean:+.1f}{'' if noise is None else f' ± {noise:.1f}'}{mark}"
+        return noted(auto.gains(cosine, held_out=True))
 
     return by_optimizer(cell)
 
@@ -222,9 +263,9 @@ def settings_table(rows: Sequence[Row]) -> list[str]:
     A cell is AutoLR's gain over the best cosine schedule of the same setting, the median over the starts, and its
     extra time. Where one of the two was not run, it is empty.
     """
-    asked = {f"batches of {size}": {"batch_size": size} for size in BATCH_SIZES}
+    asked: dict[str, dict[str, int]] = {f"batches of {size}": {"batch_size": size} for size in BATCH_SIZES}
     asked |= {f"{length} x as long": {"length": length} for length in LENGTHS}
-    columns = {name: outcomes(rows, **setting) for name, setting in asked.items()}
+    columns = {name: found for name, setting in asked.items() if (found := outcomes(rows, **setting))}
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for task, optimizer in itertools.product(TASKS, OPTIMIZERS):
         cells = []
@@ -296,6 +337,7 @@ def figure(found: Found, methods: Sequence[str]) -> Figure:
 
 def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
     """Return the page of the study."""
+    starts = ", ".join(f"{lr:g}" for lr in STARTS)
     lines = [
         "# From any start, against the best of a grid",
         "",
@@ -303,11 +345,9 @@ def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
         "loss, each run against that of the same seed: the median over the starts, its standard error over the "
         "seeds (a gain of less than two is noise), the worst .. the best of the starts, each the median over the "
         "seeds; then from the lowest to the highest start that gives at most one point or one % less, in decades. "
-        "In the head "
-        "of a column stands that best cosine and its rate; its own line is what the grid as a whole gives. AutoLR "
-        f"starts from {', '.join(f'{lr:g}' for lr in STARTS)}, and with one thing changed from 1e-4 and 1. Extra "
-        "time is that of the scheduler's step; its hooks in the optimizer's step, which are not in it, take 0.3 % "
-        "(transformer) to 4 % (Friedman) besides.",
+        "In the head of a column stands that best cosine and its rate; its own line is what the grid as a whole "
+        f"gives. AutoLR starts from {starts}. Extra time is that of the scheduler's step; its hooks in the "
+        "optimizer's step, which are not in it, take 0.3 % (transformer) to 4 % (Friedman) besides.",
         "",
     ]
     for optimizer in OPTIMIZERS:
@@ -318,11 +358,20 @@ def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
         "The best of nine rates is flattered by the runs that chose it. Here the cosine schedule of a seed has the "
         "rate that is best on the other seeds, as for somebody who tunes once and trains again. AutoLR's gain: the "
         "median over the starts, then the mean over the seeds (the median, above) and its standard error. Bold is "
-        "a loss of more than two errors.",
+        "a difference of more than two errors.",
         "",
         *held_out_table(found),
         "",
+        "## With one thing changed",
+        "",
+        "What AutoLR gains by a change: each run against that of the default with the same seed and start (1e-4, "
+        "1), in points of accuracy or % of the loss, the mean over the seeds and its standard error. Bold is a "
+        "difference of more than two errors. Time is what it adds, in units of what the default adds to the same "
+        "tasks. `benchmarks/study/variants.py` says what each change is.",
+        "",
     ]
+    for optimizer in OPTIMIZERS:
+        lines += [*variants_table(found, optimizer), ""]
     lines += [
         "## What it looks at: the training loss",
         "",
@@ -358,7 +407,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not rows:
         parser.error(f"--results {args.results}: there is no runs.jsonl; python -m benchmarks.study writes it")
     found = outcomes(rows)
-    methods = [method for method in METHODS if any(method == of for _, _, of in found)]
+    methods = [
+        method
+        for method in METHODS
+        if method.removeprefix("AutoLR, ") not in VARIANTS and any(method == of for _, _, of in found)
+    ]
     (args.results / "study.md").write_text(page(rows, found, methods), encoding="utf-8")
     drawn = [method for method in methods if method in _DRAWN]
     picture = figure(found, drawn)
