@@ -11,7 +11,16 @@ from benchmarks.study import __main__ as study
 from benchmarks.study import slices
 from benchmarks.study.grid import STARTS, STUDIES, TUNED
 from benchmarks.study.methods import METHODS, OPTIMIZERS
-from benchmarks.study.report import error, gain, held_out_table, outcomes, settings_table, table, training_table
+from benchmarks.study.report import (
+    error,
+    gain,
+    held_out_table,
+    outcomes,
+    settings_table,
+    table,
+    training_table,
+    variants_table,
+)
 from benchmarks.study.signals import SCALES, watch
 from benchmarks.study.tasks import TASKS, Places, batch, evaluate, load
 from benchmarks.study.training import Cell, train
@@ -318,7 +327,7 @@ def test_a_seed_has_no_say_in_the_rate_that_it_is_compared_with():
     gains = found["digits", "SGD", "AutoLR"].gains(found["digits", "SGD", "cosine"], held_out=True)
     assert gains[1.0] == {0: 16.0, 1: 6.0, 2: 6.0, 3: 1.0}
     line = held_out_table(found)[2]
-    assert line.startswith("| SGD | +7.2 ± 3.1 |  |")
+    assert line.startswith("| SGD | **+7.2 ± 3.1** |  |")
     worse = [{**each, "result": each["result"] - 20} if each["method"] == "AutoLR" else each for each in rows]
     assert held_out_table(outcomes(worse))[2].startswith("| SGD | **-12.8 ± 3.1** |")
     lost = [{**each, "result": None} if each["method"] == "AutoLR" else each for each in rows]
@@ -334,6 +343,29 @@ def test_an_error_needs_three_seeds():
         assert (error(gains) is None) == (len(results) < 3)
 
 
+def test_a_change_is_compared_with_the_default_of_the_same_seed_and_start():
+    rows = [row("AutoLR", lr, seed, 80.0 + 10 * seed, scheduling=0.5) for lr in (1e-4, 1.0) for seed in range(3)]
+    rows += [row("AutoLR", 10.0, seed, 0.0, scheduling=0.5) for seed in range(3)]  # a start the others have not
+    for name, gains in (("every 30", (-2.0, -3.0, -4.0)), ("window 4", (-1.0, 0.0, 2.5)), ("guard 4", (1.5,))):
+        rows += [
+            row(f"AutoLR, {name}", lr, seed, 80.0 + 10 * seed + change)
+            for lr in (1e-4, 1.0)
+            for seed, change in enumerate(gains)
+        ]
+    rows += [row("AutoLR, not guarded", 1.0, seed, 85.0) for seed in (0, 3)]  # a seed the default has not
+    rows += [row("AutoLR, window 2", lr, seed, 85.0) for lr, seed in ((1e-2, 0), (1.0, 3))]  # nothing in common
+    rows += [row("AutoLR, window 3", lr, seed, 85.0) for lr, seed in ((1e-4, 0), (1.0, 1))]  # no seed of both
+    rows += [{**row("AutoLR, window 3", 1.0, 0, 85.0), "task": "noise"}]  # nothing to compare with
+    assert variants_table(outcomes(rows), "SGD")[2:] == [
+        "| window 2 |  | 2.1 |",
+        "| window 3 |  | 2.1 |",
+        "| window 4 | +0.5 ± 1.0 | 2.1 |",
+        "| not guarded | +5.0 (1 seed) | 2.1 |",
+        "| guard 4 | +1.5 (1 seed) | 2.1 |",
+        "| every 30 | **-3.0 ± 0.6** | 2.1 |",
+    ]
+
+
 def test_training_losses_are_those_of_the_lowest_and_of_the_best():
     rows = [row("cosine", lr, 0, 90.0 + lr, loss=lr) for lr in (0.1, 1.0)] + [row("cosine", 3.0, 0, None)]
     rows += [row("cosine", 1e-6, 0, 50.0, loss=0.001)]  # not in the grid
@@ -346,7 +378,7 @@ def test_settings_are_compared_with_the_cosine_of_the_same():
     rows = [row("cosine", lr, 0, 90.0 + lr, **longer) for lr in (0.1, 1.0)] + [row("cosine", 0.1, 0, 99.0)]
     rows += [row("AutoLR", lr, 0, 92.0 + lr, scheduling=0.5, **longer) for lr in (1e-4, 1.0)]
     rows += [row("AutoLR", 1.0, 0, 50.0, **smaller)]  # to be compared with nothing
-    assert settings_table(rows)[2:] == ["| digits, SGD |  |  |  |  |  | +1.5, 5% |  |"]
+    assert settings_table(rows)[2:] == ["| digits, SGD |  | +1.5, 5% |"]
 
 
 def test_gains_are_points_or_percent():

@@ -130,7 +130,7 @@ def medians(by_start: Mapping[float, Mapping[int, float]]) -> dict[float, float]
 
 def of_seeds(gains: Gains) -> list[float]:
     """Return the median over the starts, of each seed that all of them have."""
-    seeds = set.intersection(*(set(by_seed) for by_seed in gains.values()))
+    seeds = set.intersection(*(set(by_seed) for by_seed in gains.values())) if gains else set()
     return [statistics.median(by_seed[seed] for by_seed in gains.values()) for seed in seeds]
 
 
@@ -206,9 +206,11 @@ def variants_table(found: Found, optimizer: str) -> list[str]:
 def noted(gains: Gains) -> str:
     """Return the mean over the seeds of the median over the starts, and its standard error or how many seeds.
 
-    It is bold if it is more than two errors from nothing.
+    It is bold if it is more than two errors from nothing, and empty if no seed has all starts.
     """
     of_each = of_seeds(gains)
+    if not of_each:
+        return ""
     mean, noise = statistics.mean(of_each), error(gains)
     if noise is not None:
         mark = "**" if abs(mean) > 2 * noise else ""

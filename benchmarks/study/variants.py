@@ -120,6 +120,8 @@ VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "as the source": (AutoLR.paper, {}),
     "not calibrated": (AutoLR, {"calibrate": 0}),
     "one step calibrated": (AutoLR, {"calibrate": 1}),
+    "five steps calibrated": (AutoLR, {"calibrate": 5}),
+    "ten steps calibrated": (AutoLR, {"calibrate": 10}),
     "calibration alone": (AutoLR, {"calibrate": 1, "every": None}),
     "calibration alone, 20 steps": (AutoLR, {"every": None}),
     "not annealed": (AutoLR, {"anneal": lambda _: 1.0}),
