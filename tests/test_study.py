@@ -19,6 +19,7 @@ from benchmarks.study.report import (
     settings_table,
     table,
     training_table,
+    unguarded_table,
     variants_table,
 )
 from benchmarks.study.signals import SCALES, watch
@@ -364,6 +365,14 @@ def test_a_change_is_compared_with_the_default_of_the_same_seed_and_start():
         "| guard 4 | +1.5 (1 seed) | 2.1 |",
         "| every 30 | **-3.0 ± 0.6** | 2.1 |",
     ]
+
+
+def test_without_a_guard_is_compared_with_the_default_of_the_same_setting():
+    rows = [row("AutoLR", 1.0, seed, 90.0 + seed, batch_size=8) for seed in range(3)]
+    rows += [row("AutoLR, not guarded", 1.0, seed, 80.0 + 2 * seed, batch_size=8) for seed in range(3)]
+    rows += [row("AutoLR", 1.0, 0, 10.0), row("AutoLR, not guarded", 1.0, 0, 20.0, length=5)]
+    assert unguarded_table(outcomes(rows, batch_size=8))[2].startswith("| SGD | **-9.0 ± 0.6** |  |")
+    assert unguarded_table(outcomes(rows, length=5))[2] == "| SGD |  |  |  |  |  |  |"
 
 
 def test_training_losses_are_those_of_the_lowest_and_of_the_best():

@@ -73,6 +73,13 @@ def _lengths(seeds: Sequence[int]) -> Iterable[Cell]:
             yield Cell(task, optimizer, "cosine", lr, seed, length=length)
 
 
+def _unguarded(seeds: Sequence[int]) -> Iterable[Cell]:
+    settings: Sequence[dict[str, int]] = ({"batch_size": 8}, {"length": 5})
+    for seed, setting, task, optimizer in itertools.product(seeds, settings, TASKS, OPTIMIZERS):
+        for method, lr in itertools.product(("AutoLR, not guarded", "AutoLR"), (1e-4, 1.0)):
+            yield Cell(task, optimizer, method, lr, seed, **setting)
+
+
 STUDIES: Mapping[str, Study] = {
     "starts": Study(
         "AutoLR from any start, and the cosine schedule over a grid",
@@ -90,4 +97,5 @@ STUDIES: Mapping[str, Study] = {
     "peers": Study("Optimizers that need no learning rate", _peers),
     "batches": Study("Batches of 8 to 512", _batches),
     "lengths": Study("Two, five and twenty times as long", _lengths),
+    "guard": Study("Without a guard, in batches of 8 and five times as long", _unguarded),
 }

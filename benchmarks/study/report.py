@@ -283,6 +283,16 @@ def settings_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def unguarded_table(found: Found) -> list[str]:
+    """Return the table of what AutoLR gains without a guard."""
+
+    def cell(task: str, optimizer: str) -> str:
+        without, default = (found.get((task, optimizer, method)) for method in ("AutoLR, not guarded", "AutoLR"))
+        return noted(without.changes(default)) if without and default else ""
+
+    return by_optimizer(cell)
+
+
 def extra_table(found: Found) -> list[str]:
     """Return the table of the time that AutoLR adds to a training."""
 
@@ -375,6 +385,14 @@ def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
     for optimizer in OPTIMIZERS:
         lines += [*variants_table(found, optimizer), ""]
     lines += [
+        "What the guard is for shows elsewhere. What is gained without one in batches of 8:",
+        "",
+        *unguarded_table(outcomes(rows, batch_size=8)),
+        "",
+        "And five times as long:",
+        "",
+        *unguarded_table(outcomes(rows, length=5)),
+        "",
         "## What it looks at: the training loss",
         "",
         "Of the last tenth of the steps: AutoLR's (median over the starts and seeds), the lowest that the cosine "
