@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypedDict
 
 import torch
@@ -10,25 +11,31 @@ from torch import Tensor
 __all__ = ["Guard", "GuardState"]
 
 
-_CLEAR = 2.0  # standard errors by which the losses must fall for the level to go where it has not been
+# By how much the losses must reach below all before for the level to go where it has not been:
+_CLEAR = 2.0  # standard errors, and
+_WORTH = 1e-3  # of all that they have fallen: what is left to win is worth no risk then
 
 
 class GuardState(TypedDict):
-    """What a guard goes on from: the last losses that it saw, and its ceiling."""
+    """What a guard goes on from: the last losses that it saw, the first, their lowest mean, and its ceiling."""
 
     losses: list[float]
+    first: float
+    lowest: float
     ceiling: float
 
 
 class Guard:
-    """Remembers the losses that probes saw, and lifts a ceiling over the level only while they clearly fall.
+    """Remembers the losses that probes saw, and lifts a ceiling over the level only while they reach new lows.
 
     The lines of a probe ask for a higher rate for as long as it lowers the loss of one batch, which it may do while
-    the training gets nowhere: a small batch asks for steps that fit nothing but itself, and in networks with
-    BatchNorm, weights grow with the rate and ask for more of it. So the level goes above the highest one it has had
-    only if the mean loss of the last probes is below that of as many before by more than two standard errors. It
-    may fall at any time and come back: if it could fall only, noise would draw it down for as long as no progress
-    is seen. Nothing here synchronises with the host.
+    the training gets nowhere: a small batch asks for steps that fit nothing but itself, in networks with BatchNorm
+    weights grow with the rate and ask for more of it, and a network that has learned its examples by heart asks
+    for more until it is lost. So the level goes above the highest one it has had only if the mean loss of the last
+    probes is below that of as many before, and below the lowest such mean, by more than two standard errors, and by
+    a thousandth of what the loss has fallen since the first probe. To win back what was lost is no new low. The
+    level may fall at any time and come back: if it could fall only, noise would draw it down for as long as no
+    progress is seen. Nothing here synchronises with the host.
 
     Args:
         count: probes in a mean, fewer at first: half of those there are, from the fourth on; 0 lets the level go
@@ -49,6 +56,8 @@ class Guard:
         self.count = count
         self._losses = torch.zeros(2 * count, dtype=torch.float64, device=device)
         self._seen = 0
+        self._first = torch.full((), -math.inf, dtype=torch.float64, device=device)
+        self._lowest = torch.full((), math.inf, dtype=torch.float64, device=device)
         self._ceiling = torch.zeros((), dtype=torch.float64, device=device)
 
     def hold(self, loss: Tensor, level: Tensor) -> Tensor | None:
@@ -65,6 +74,7 @@ class Guard:
         if self.count == 0:
             return None
         self._losses = torch.cat([self._losses[1:], loss.reshape(1).to(self._losses)])
+        self._first = torch.where(self._first.isfinite() | ~loss.isfinite(), self._first, self._losses[-1])
         self._seen += 1
         half = min(self.count, self._seen // 2)
         if half < 2:
@@ -74,14 +84,23 @@ class Guard:
         error = (variances.sum() / half).sqrt()
         gain = older - newer
         falls = torch.where(gain == 0, gain, gain / error)
-        self._ceiling = torch.where(falls > _CLEAR, torch.maximum(self._ceiling, level), self._ceiling)
+        if half == self.count:
+            self._lowest = torch.where(older.isfinite(), torch.minimum(self._lowest, older), self._lowest)
+        won = torch.minimum(self._lowest, older) - newer
+        gets_on = (won > _CLEAR * error) & (won > _WORTH * (self._first - newer))
+        self._ceiling = torch.where(gets_on, torch.maximum(self._ceiling, level), self._ceiling)
         torch.minimum(level, self._ceiling, out=level)
         return falls if half == self.count else None
 
     def state(self) -> GuardState:
         """Return the losses of the last probes and the ceiling."""
         seen = self._losses[len(self._losses) - min(self._seen, len(self._losses)) :]
-        return {"losses": seen.tolist(), "ceiling": self._ceiling.item()}
+        return {
+            "losses": seen.tolist(),
+            "first": self._first.item(),
+            "lowest": self._lowest.item(),
+            "ceiling": self._ceiling.item(),
+        }
 
     def load(self, state: GuardState) -> None:
         """Take over what :meth:`state` returned, of a guard with the same count."""
@@ -89,4 +108,6 @@ class Guard:
         self._seen = len(losses)
         kept = torch.tensor(losses, dtype=torch.float64, device=self._losses.device)
         self._losses = torch.cat([self._losses.new_zeros(len(self._losses) - len(losses)), kept])
+        self._first.fill_(state["first"])
+        self._lowest.fill_(state["lowest"])
         self._ceiling.fill_(state["ceiling"])

@@ -69,7 +69,8 @@ class AutoLR(LRScheduler):
             rate found. A later one, if the loss is four times as high as before, takes the last steps again,
             shorter. Parameters change at no other time. 0 for none.
         guard: the level goes above its highest so far only if the mean loss of so many probes (fewer at first) is
-            below that of as many before, by more than two standard errors; 0 lets it go wherever the factor says.
+            below that of as many before, and below the lowest such mean, by more than two standard errors and a
+            thousandth of what the loss has fallen in all; 0 lets it go wherever the factor says.
         total_steps: optimizer steps of the whole training. Without it there is no annealing but ``"plateau"``.
         anneal: ``"cosine"``, ``"linear"``, or a callable from the fraction of training done to a multiplier.
             The logarithm of each factor is scaled by it too, so that the level does not climb against it.

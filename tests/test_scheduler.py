@@ -542,7 +542,7 @@ def test_load_state_dict_refuses_what_is_not_its_own():
     with pytest.raises(ValueError, match="of 2 param groups and the optimizer has 1"):
         scheduler.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="guard=10 keeps 20 losses, and state_dict has 21.*give AutoLR the guard"):
-        scheduler.load_state_dict({**before, "guard": {"losses": [1.0] * 21, "ceiling": 1.0}})
+        scheduler.load_state_dict({**before, "guard": {**before["guard"], "losses": [1.0] * 21}})
     assert scheduler.state_dict() == before
 
 
