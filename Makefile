@@ -22,7 +22,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python -m autolr_fast demo
 
 test: $(VENV)/dev.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cpu: is about the CPU, or something that torch has there alone")
     if (device := config.getoption("--device")) != "cpu":  # a default device has torch functions leave fused paths
         torch.set_default_device(device)
+    torch.set_num_threads(1)  # threads that wait for each other take longer than operations this small
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
 
@@ -36,15 +37,6 @@ def _on_cpu(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Threads that wait for each other take longer than operations this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ from .helpers import losses_of_copies, refusal_of
 from .test_evaluators import probed
 
 transformers = pytest.importorskip("transformers", minversion="5.0")  # 4 batches no mixture of experts
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 # architecture -> evaluator -> what of it the evaluator has no way to do. All other combinations are accepted.
 BATCHED = ("folded", "stacked")
@@ -158,7 +157,7 @@ ARCHITECTURES = {
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
-def problem(request, one_thread):
+def problem(request):
     """An architecture in training, and the losses of the deep copies of it."""
     torch.manual_seed(0)
     model, loss_of = ARCHITECTURES[request.param]()

@@ -19,8 +19,6 @@ from autolr_fast import EVALUATORS, FACTORS_3
 from .helpers import ON_GPU, KeepsWeights, Recurrent, Tied, losses_of_copies, mlp, refusal_of
 from .test_evaluators import probed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # What Streamed refuses, and part of the reason that it gives. InPlace and Auto refuse nothing.
 STREAMED_REFUSES = {
     "kept-view": "a second tensor with the memory of",

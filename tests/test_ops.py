@@ -29,6 +29,14 @@ DTYPES = [
 FACTORS = (8.0, 1.0, 0.0, 0.5, 0.499, 0.3, -2.0, 1000.0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _two_threads():
+    """The operators share work out to threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 def pairs(dtype, shapes=((3,), (), (1,), (127,), (64, 33), (0, 4), (5, 7, 3), (100_003,))):
     prev = [torch.randn(shape).to(dtype) for shape in shapes]
     return prev, [before + 0.1 * torch.randn(before.shape).to(dtype) for before in prev]

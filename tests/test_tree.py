@@ -28,8 +28,6 @@ from .helpers import (
     transformer,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EXAMPLES = 22  # batches of 8, 8 and 6
 DATA = {
     "vectors": lambda: torch.randn(EXAMPLES, 5),

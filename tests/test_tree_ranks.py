@@ -18,7 +18,6 @@ from .helpers import convnet
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),
-    pytest.mark.usefixtures("one_thread"),
 ]
 
 EPOCHS = 3
