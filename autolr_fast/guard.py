@@ -93,7 +93,7 @@ class Guard:
         return falls if half == self.count else None
 
     def state(self) -> GuardState:
-        """Return the losses of the last probes and the ceiling."""
+        """Return what :meth:`load` takes."""
         seen = self._losses[len(self._losses) - min(self._seen, len(self._losses)) :]
         return {
             "losses": seen.tolist(),
