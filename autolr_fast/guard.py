@@ -82,15 +82,16 @@ class Guard:
             return None
         variances, (older, newer) = torch.var_mean(self._losses[-2 * half :].view(2, half), dim=1)
         error = (variances.sum() / half).sqrt()
-        gain = older - newer
-        falls = torch.where(gain == 0, gain, gain / error)
-        if half == self.count:
-            self._lowest = torch.where(older.isfinite(), torch.minimum(self._lowest, older), self._lowest)
-        won = torch.minimum(self._lowest, older) - newer
+        lowest = torch.minimum(self._lowest, older)
+        won = lowest - newer
         gets_on = (won > _CLEAR * error) & (won > _WORTH * (self._first - newer))
         self._ceiling = torch.where(gets_on, torch.maximum(self._ceiling, level), self._ceiling)
         torch.minimum(level, self._ceiling, out=level)
-        return falls if half == self.count else None
+        if half < self.count:
+            return None
+        self._lowest = torch.where(older.isfinite(), lowest, self._lowest)
+        gain = older - newer
+        return torch.where(gain == 0, gain, gain / error)
 
     def state(self) -> GuardState:
         """Return what :meth:`load` takes."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-__all__ = ["DEVICE", "device_name", "wait"]
+__all__ = ["DEVICE", "about", "wait"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def device_name() -> str:
-    """Return the name of the GPU, or ``"cpu"``."""
-    return torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+def about() -> dict[str, Any]:
+    """Return what each row says of where it was measured: the GPU's name or ``"cpu"``, torch, and threads."""
+    return {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def wait() -> None:

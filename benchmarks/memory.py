@@ -22,9 +22,9 @@ import torch
 
 from autolr_fast import EVALUATORS, FACTORS_7, AutoLR, EvaluatorError
 
-from . import resident
+from . import device, resident
 from .baselines import BASELINES
-from .device import DEVICE, device_name
+from .device import DEVICE
 from .problems import SEED, Problem, make_problem
 from .report import write_now
 
@@ -168,9 +168,7 @@ def about() -> dict[str, Any]:
         )
     return {
         "memory": counted,
-        "device": device_name(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        **device.about(),
         "seed": SEED,
     }
 

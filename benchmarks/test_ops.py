@@ -20,7 +20,7 @@ from torch import Tensor
 from autolr_fast import FACTORS_7, ops
 from autolr_fast.candidates import StackedBuffer
 
-from .device import DEVICE, device_name, wait
+from .device import DEVICE, about, wait
 from .paper.models import ResNet18
 
 BACKENDS = [choice.backend for choice in ops.explain(DEVICE) if not choice.reason]
@@ -178,7 +178,5 @@ def measure(benchmark: Any, work: Work, what: str, run: Callable[[], object]) ->
         tensors=len(work.now),
         candidates=len(FACTORS),
         dtype="float32",
-        device=device_name(),
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
+        **about(),
     )

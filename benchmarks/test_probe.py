@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from autolr_fast import EVALUATORS, FACTORS_3, FACTORS_5, FACTORS_7, EvaluatorError
 
 from .baselines import BASELINES, line_search
 from .conftest import Refusals
-from .device import DEVICE, device_name, wait
+from .device import DEVICE, about, wait
 from .problems import SEED, TEXT, Problem, make_problem
 
 FACTORS = {len(factors): factors for factors in (FACTORS_3, FACTORS_5, FACTORS_7)}
@@ -85,9 +84,7 @@ class Row(NamedTuple):
             parameters=sum(now.numel() for now in problem.now),
             tensors=len(problem.now),
             dtype="float32",
-            device=device_name(),
-            torch=torch.__version__,
-            threads=torch.get_num_threads(),
+            **about(),
             seed=SEED,
             text="from a file" if os.environ.get(TEXT) else "random characters",
         )

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from autolr_fast import ALRTree
 
-from .device import DEVICE, device_name, wait
+from .device import DEVICE, about, wait
 from .memory import measure_apart
 from .problems import SEED, Problem, make_problem
 from .tree_memory import FACTORS, SEQUENTIAL
@@ -83,9 +82,7 @@ def test_step(benchmark: Any, problem: Problem, method: str, size: tuple[int, in
         floors_ms=[1e3 * seconds for seconds in floors[-rounds:]],
         parameters=sum(now.numel() for now in problem.now),
         tensors=len(problem.now),
-        device=device_name(),
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
+        **about(),
         seed=SEED,
     )
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from autolr_fast import AutoLR
 
-from .device import DEVICE, device_name, wait
+from .device import DEVICE, about, wait
 from .problems import SEED, make_problem
 from .report import write_now
 
@@ -60,9 +60,7 @@ def measure(model: str, optimizer: str, steps: int) -> dict[str, Any]:
         "cosine_ms": 1e3 * statistics.mean((before[0], after[0])) / steps,
         "ms": 1e3 * seconds / steps,
         "evaluator": evaluator,
-        "device": device_name(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        **about(),
         "seed": SEED,
     }
 

@@ -35,9 +35,8 @@ NOWHERE = Places(Path("missing"), Path("missing"), Path("missing"))  # digits an
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Make the digits last for 12 steps, and leave the number of threads as it is."""
+    """Make the digits last for 12 steps."""
     monkeypatch.setitem(TASKS, "digits", TASKS["digits"]._replace(steps=12))
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 
 
 # Tasks

@@ -16,9 +16,7 @@ from autolr_fast.tree.ranks import Ranks
 
 from .helpers import convnet
 
-pytestmark = [
-    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),
-]
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 EPOCHS = 3
 # Uneven shares; and fewer branches than ranks, so that one rank has none in some epochs.

@@ -11,15 +11,22 @@ from .tasks import TASKS
 from .training import Cell
 from .variants import VARIANTS
 
-__all__ = ["BATCH_SIZES", "LENGTHS", "STARTS", "STUDIES", "TUNED", "Study"]
+__all__ = ["BATCH_SIZES", "FEW_STARTS", "LENGTHS", "STARTS", "STUDIES", "TUNED", "UNGUARDED", "Study"]
 
 STARTS = (1e-6, 1e-4, 1e-2, 1.0, 10.0)
 """Where AutoLR starts."""
+FEW_STARTS = (1e-4, 1.0)
+"""Where it starts with one thing changed, with other batches and in longer trainings."""
 TUNED = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 """What a schedule is tuned over."""
 BATCH_SIZES = (8, 32, 128, 512)
 LENGTHS = (2, 5, 20)
 """How many times as many steps as the task has."""
+UNGUARDED: Mapping[str, Mapping[str, int]] = {
+    "in batches of 8": {"batch_size": 8},
+    "five times as long": {"length": 5},
+}
+"""Where it is trained without a guard besides."""
 _OUTSIDE = (1e-6, 1e-5, 1e-4, 10.0)
 _PEERS = {"D-Adaptation": OPTIMIZERS, "Prodigy": ("AdamW",), "DoG": ("SGD",), "SaLSA": ("AdamW",)}
 
@@ -59,7 +66,7 @@ def _batches(seeds: Sequence[int]) -> Iterable[Cell]:
     """Batches of 8 to 512, as many steps as otherwise."""
     for seed, task, optimizer, size in itertools.product(seeds, TASKS, OPTIMIZERS, BATCH_SIZES):
         if size != TASKS[task].batch_size:
-            for lr in (1e-4, 1.0):
+            for lr in FEW_STARTS:
                 yield Cell(task, optimizer, "AutoLR", lr, seed, batch_size=size)
             for lr in TUNED:
                 yield Cell(task, optimizer, "cosine", lr, seed, batch_size=size)
@@ -67,16 +74,15 @@ def _batches(seeds: Sequence[int]) -> Iterable[Cell]:
 
 def _lengths(seeds: Sequence[int]) -> Iterable[Cell]:
     for seed, length, task, optimizer in itertools.product(seeds, LENGTHS, TASKS, OPTIMIZERS):
-        for lr in (1e-4, 1.0):
+        for lr in FEW_STARTS:
             yield Cell(task, optimizer, "AutoLR", lr, seed, length=length)
         for lr in TUNED:
             yield Cell(task, optimizer, "cosine", lr, seed, length=length)
 
 
 def _unguarded(seeds: Sequence[int]) -> Iterable[Cell]:
-    settings: Sequence[dict[str, int]] = ({"batch_size": 8}, {"length": 5})
-    for seed, setting, task, optimizer in itertools.product(seeds, settings, TASKS, OPTIMIZERS):
-        for method, lr in itertools.product(("AutoLR, not guarded", "AutoLR"), (1e-4, 1.0)):
+    for seed, setting, task, optimizer in itertools.product(seeds, UNGUARDED.values(), TASKS, OPTIMIZERS):
+        for method, lr in itertools.product(("AutoLR, not guarded", "AutoLR"), FEW_STARTS):
             yield Cell(task, optimizer, method, lr, seed, **setting)
 
 
@@ -88,14 +94,12 @@ STUDIES: Mapping[str, Study] = {
         ),
     ),
     "outside": Study("The cosine schedule far from its best rates", _grid(["cosine"], _OUTSIDE)),
-    "variants": Study(
-        "AutoLR with one thing changed", _grid([f"AutoLR, {name}" for name in VARIANTS], (1e-4, 1.0))
-    ),
+    "variants": Study("AutoLR with one thing changed", _grid([f"AutoLR, {name}" for name in VARIANTS], FEW_STARTS)),
     "schedules": Study(
         "Other schedules over the grid", _grid(["constant", "linear", "step", "one cycle", "plateau"], TUNED)
     ),
     "peers": Study("Optimizers that need no learning rate", _peers),
     "batches": Study("Batches of 8 to 512", _batches),
     "lengths": Study("Two, five and twenty times as long", _lengths),
-    "guard": Study("Without a guard, in batches of 8 and five times as long", _unguarded),
+    "guard": Study(f"Without a guard, {' and '.join(UNGUARDED)}", _unguarded),
 }

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from autolr_fast.demo import BASELINES
 
-from .grid import BATCH_SIZES, LENGTHS, STARTS, TUNED
+from .grid import BATCH_SIZES, FEW_STARTS, LENGTHS, STARTS, TUNED, UNGUARDED
 from .methods import METHODS, OPTIMIZERS
 from .slices import RESULTS, read
 from .tasks import TASKS
@@ -376,23 +376,19 @@ def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
         "",
         "## With one thing changed",
         "",
-        "What AutoLR gains by a change: each run against that of the default with the same seed and start (1e-4, "
-        "1), in points of accuracy or % of the loss, the mean over the seeds and its standard error. Bold is a "
-        "difference of more than two errors. Time is what it adds, in units of what the default adds to the same "
-        "tasks. `benchmarks/study/variants.py` says what each change is.",
+        "What AutoLR gains by a change: each run against that of the default with the same seed and start "
+        f"({', '.join(f'{lr:g}' for lr in FEW_STARTS)}), in points of accuracy or % of the loss, the mean over the "
+        "seeds and its standard error. Bold is a difference of more than two errors. Time is what it adds, in "
+        "units of what the default adds to the same tasks. What each change is says "
+        "`benchmarks/study/variants.py`.",
         "",
     ]
     for optimizer in OPTIMIZERS:
         lines += [*variants_table(found, optimizer), ""]
+    lines += ["What the guard is for shows elsewhere.", ""]
+    for name, setting in UNGUARDED.items():
+        lines += [f"What is gained without one {name}:", "", *unguarded_table(outcomes(rows, **setting)), ""]
     lines += [
-        "What the guard is for shows elsewhere. What is gained without one in batches of 8:",
-        "",
-        *unguarded_table(outcomes(rows, batch_size=8)),
-        "",
-        "And five times as long:",
-        "",
-        *unguarded_table(outcomes(rows, length=5)),
-        "",
         "## What it looks at: the training loss",
         "",
         "Of the last tenth of the steps: AutoLR's (median over the starts and seeds), the lowest that the cosine "
