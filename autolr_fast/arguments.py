@@ -79,15 +79,6 @@ def check_guard(guard: int, settles: bool, total_steps: int | None) -> None:
         )
 
 
-def check_losses(losses: Sequence[float], guard: int) -> None:
-    """Raise a ValueError if a guard over so many probes cannot go on from these losses of another."""
-    if len(losses) > 2 * guard:
-        raise ValueError(
-            f"guard={guard} keeps {2 * guard} losses, and state_dict has {len(losses)}: give AutoLR the guard "
-            "that it had when it was saved"
-        )
-
-
 def check_limits(min_lr: float, max_lr: float) -> None:
     """Raise a ValueError if two learning rates do not bound anything."""
     limits = (min_lr, max_lr)

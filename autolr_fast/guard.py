@@ -103,8 +103,21 @@ class Guard:
             "ceiling": self._ceiling.item(),
         }
 
+    def check(self, state: GuardState) -> None:
+        """Raise a ValueError if :meth:`load` cannot take a state; nothing is changed."""
+        if set(state) != set(GuardState.__annotations__):
+            raise ValueError(
+                f"state_dict is of a guard with the keys {sorted(state)}, and this version's has "
+                f"{sorted(GuardState.__annotations__)}: load it with the version of autolr_fast that saved it"
+            )
+        if len(state["losses"]) > 2 * self.count:
+            raise ValueError(
+                f"guard={self.count} keeps {2 * self.count} losses, and state_dict has {len(state['losses'])}: "
+                "give AutoLR the guard that it had when it was saved"
+            )
+
     def load(self, state: GuardState) -> None:
-        """Take over what :meth:`state` returned, of a guard with the same count."""
+        """Take over what :meth:`state` returned, of a guard with the same count; :meth:`check` it first."""
         losses = state["losses"]
         self._seen = len(losses)
         kept = torch.tensor(losses, dtype=torch.float64, device=self._losses.device)

@@ -18,7 +18,6 @@ from .arguments import (
     check_fraction,
     check_guard,
     check_limits,
-    check_losses,
     check_optimizer,
     check_windows,
 )
@@ -301,7 +300,7 @@ class AutoLR(LRScheduler):
                 f"state_dict is of an evaluator with the state {state_dict['evaluator']}, and "
                 f"{self.evaluator.name!r} has {self.evaluator.state()}: give AutoLR the same evaluator"
             )
-        check_losses(state_dict["guard"]["losses"], self._guard.count)
+        self._guard.check(state_dict["guard"])
         steps, taken = state_dict["optimizer_steps"], state_dict["snapshots"]
         self._snapshots.load(steps, taken, self._parameters())
         self._snapshots.warm = state_dict["warm"]

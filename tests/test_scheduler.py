@@ -543,6 +543,11 @@ def test_load_state_dict_refuses_what_is_not_its_own():
         scheduler.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="guard=10 keeps 20 losses, and state_dict has 21.*give AutoLR the guard"):
         scheduler.load_state_dict({**before, "guard": {**before["guard"], "losses": [1.0] * 21}})
+    earlier = {"losses": [], "ceiling": 0.0}
+    with pytest.raises(
+        ValueError, match=r"a guard with the keys \['ceiling', 'losses'\], .* version of autolr_fast"
+    ):
+        scheduler.load_state_dict({**before, "guard": earlier})
     assert scheduler.state_dict() == before
 
 

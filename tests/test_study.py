@@ -315,6 +315,8 @@ def test_a_table_compares_with_the_best_tuned_cosine_of_the_same_seed():
     _, _, cosine, auto = table(outcomes(rows), "SGD", ["cosine", "AutoLR"])
     assert auto == "| AutoLR | +3.0 ± 0.6 (-91.0 .. +3.0), 4.0 | 10% | 3 |"  # 2, 3 and 4: 1 / sqrt(3)
     assert cosine == "| cosine | -1.0 ± 0.0 (-2.5 .. +0.0), 2.0 | 10% | 3 |"
+    rows += [{**row(method, 1.0, 0, 90.0), "task": "noise"} for method in ("cosine", "AutoLR")]  # one seed
+    assert table(outcomes(rows), "SGD", ["AutoLR"])[2].endswith("| +0.0 (+0.0 .. +0.0), 0.0 | 10% | 1 to 3 |")
 
 
 def test_a_seed_has_no_say_in_the_rate_that_it_is_compared_with():

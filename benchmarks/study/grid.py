@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .methods import OPTIMIZERS
 from .tasks import TASKS
 from .training import Cell
-from .variants import VARIANTS
+from .variants import VARIANTS, method_with
 
 __all__ = ["BATCH_SIZES", "FEW_STARTS", "LENGTHS", "STARTS", "STUDIES", "TUNED", "UNGUARDED", "Study"]
 
@@ -82,7 +82,7 @@ def _lengths(seeds: Sequence[int]) -> Iterable[Cell]:
 
 def _unguarded(seeds: Sequence[int]) -> Iterable[Cell]:
     for seed, setting, task, optimizer in itertools.product(seeds, UNGUARDED.values(), TASKS, OPTIMIZERS):
-        for method, lr in itertools.product(("AutoLR, not guarded", "AutoLR"), FEW_STARTS):
+        for method, lr in itertools.product((method_with("not guarded"), "AutoLR"), FEW_STARTS):
             yield Cell(task, optimizer, method, lr, seed, **setting)
 
 
@@ -94,7 +94,7 @@ STUDIES: Mapping[str, Study] = {
         ),
     ),
     "outside": Study("The cosine schedule far from its best rates", _grid(["cosine"], _OUTSIDE)),
-    "variants": Study("AutoLR with one thing changed", _grid([f"AutoLR, {name}" for name in VARIANTS], FEW_STARTS)),
+    "variants": Study("AutoLR with one thing changed", _grid(map(method_with, VARIANTS), FEW_STARTS)),
     "schedules": Study(
         "Other schedules over the grid", _grid(["constant", "linear", "step", "one cycle", "plateau"], TUNED)
     ),

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 from autolr_fast import AutoLR
 from autolr_fast.demo import BASELINES
 
-from .variants import VARIANTS
+from .variants import VARIANTS, method_with
 
 __all__ = ["METHODS", "OPTIMIZERS", "Training"]
 
@@ -206,7 +206,7 @@ def _salsa(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
 
 METHODS: Mapping[str, Build] = {
     "AutoLR": _auto(),
-    **{f"AutoLR, {name}": _auto(kind, **options) for name, (kind, options) in VARIANTS.items()},
+    **{method_with(name): _auto(kind, **options) for name, (kind, options) in VARIANTS.items()},
     **{name: _scheduled(lambda optim, _, total, make=make: make(optim, total)) for name, make in BASELINES.items()},
     "one cycle": _scheduled(lambda optim, lr, total: OneCycleLR(optim, max_lr=lr, total_steps=total + 1)),
     "plateau": _plateau,

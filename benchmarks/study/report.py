@@ -19,7 +19,7 @@ from .grid import BATCH_SIZES, FEW_STARTS, LENGTHS, STARTS, TUNED, UNGUARDED
 from .methods import METHODS, OPTIMIZERS
 from .slices import RESULTS, read
 from .tasks import TASKS
-from .variants import VARIANTS
+from .variants import VARIANTS, method_with
 
 Row = Mapping[str, Any]
 _COMMAND = (
@@ -146,7 +146,8 @@ def table(found: Found, optimizer: str, methods: Sequence[str]) -> list[str]:
     """Return the table of an optimizer: a line a method, a column a task.
 
     A cell is the gain over the best tuned cosine: the median over the starts and its standard error, the worst and
-    the best of the starts, and how many decades of starts are close to that cosine or better.
+    the best of the starts, and how many decades of starts are close to that cosine or better. The last is how many
+    seeds there are, of the task with the fewest to that with the most.
     """
     tuned = {task: found[task, optimizer, "cosine"] for task in TASKS if (task, optimizer, "cosine") in found}
     heads = [_head(cosine) for cosine in tuned.values()]
@@ -172,8 +173,9 @@ def table(found: Found, optimizer: str, methods: Sequence[str]) -> list[str]:
                 f"({min(of_starts.values()):+.1f} .. {max(of_starts.values()):+.1f}), {decades:.1f}"
             )
         extra = statistics.median(outcome.extra for outcome in of_method.values())
-        seeds = min(outcome.seeds for outcome in of_method.values())
-        lines.append(f"| {method} | {' | '.join(cells)} | {extra:.0%} | {seeds} |")
+        seeds = sorted({outcome.seeds for outcome in of_method.values()})
+        span = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+        lines.append(f"| {method} | {' | '.join(cells)} | {extra:.0%} | {span} |")
     return lines
 
 
@@ -192,9 +194,7 @@ def variants_table(found: Found, optimizer: str) -> list[str]:
     lines = [f"| {optimizer} | {' | '.join(default)} | time |", "|---" * (len(default) + 2) + "|"]
     for name in VARIANTS:
         changed = {
-            task: found[task, optimizer, f"AutoLR, {name}"]
-            for task in default
-            if (task, optimizer, f"AutoLR, {name}") in found
+            task: outcome for task in default if (outcome := found.get((task, optimizer, method_with(name))))
         }
         if changed:
             cells = [noted(changed[task].changes(default[task])) if task in changed else "" for task in default]
@@ -287,7 +287,9 @@ def unguarded_table(found: Found) -> list[str]:
     """Return the table of what AutoLR gains without a guard."""
 
     def cell(task: str, optimizer: str) -> str:
-        without, default = (found.get((task, optimizer, method)) for method in ("AutoLR, not guarded", "AutoLR"))
+        without, default = (
+            found.get((task, optimizer, method)) for method in (method_with("not guarded"), "AutoLR")
+        )
         return noted(without.changes(default)) if without and default else ""
 
     return by_optimizer(cell)
@@ -426,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = [
         method
         for method in METHODS
-        if method.removeprefix("AutoLR, ") not in VARIANTS and any(method == of for _, _, of in found)
+        if method not in map(method_with, VARIANTS) and any(method == of for _, _, of in found)
     ]
     (args.results / "study.md").write_text(page(rows, found, methods), encoding="utf-8")
     drawn = [method for method in methods if method in _DRAWN]

@@ -15,7 +15,7 @@ from autolr_fast.candidates import Line, candidate_parameters
 from autolr_fast.isolation import Closure
 from autolr_fast.snapshots import Cadence
 
-__all__ = ["VARIANTS"]
+__all__ = ["VARIANTS", "method_with"]
 
 
 class _Both(Cadence):
@@ -151,3 +151,8 @@ VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "Factor_7": (AutoLR, {"factors": FACTORS_7}),
 }
 """Name -> the class and its arguments."""
+
+
+def method_with(change: str) -> str:
+    """Return what the method is called that is AutoLR with one of these changes."""
+    return f"AutoLR, {change}"
