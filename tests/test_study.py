@@ -104,8 +104,20 @@ def test_every_method_trains(method):
     assert row["steps"] == 12
     assert row["lost"] is None
     assert row["losses"][-1] < row["losses"][0]
-    assert row["lrs"][0] == 0.01 or method == "one cycle"
+    assert row["lrs"][0] == (0.0004 if method in ("one cycle", "AutoLR, warmed up") else 0.01)
     assert 0 <= row["scheduling"] < row["seconds"]
+
+
+@pytest.mark.parametrize(("optimizer", "ends"), [("SGD", (0.0, 0.0)), ("momentum", (0.85, 0.95))])
+def test_one_cycle_gives_plain_sgd_no_momentum(optimizer, ends):
+    training = METHODS["one cycle"](TASKS["digits"].model(), optimizer, 0.1, 9)
+    group = training.optimizer.param_groups[0]
+    seen = [group["momentum"]]
+    for _ in range(9):
+        training.optimizer.step()
+        training.scheduler.step()
+        seen.append(group["momentum"])
+    assert (min(seen), max(seen)) == pytest.approx(ends)
 
 
 def test_a_row_is_what_a_loop_by_hand_gives():

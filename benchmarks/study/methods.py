@@ -152,6 +152,11 @@ def _scheduled(make: Callable[[Optimizer, float, int], LRScheduler]) -> Build:
     return build
 
 
+def _one_cycle(optim: Optimizer, lr: float, total: int) -> OneCycleLR:
+    plain = optim.param_groups[0].get("momentum") == 0.0  # it would give SGD a momentum to cycle
+    return OneCycleLR(optim, max_lr=lr, total_steps=total + 1, cycle_momentum=not plain)
+
+
 def _auto(kind: Callable[..., AutoLR] = AutoLR, **options: Any) -> Build:
     def build(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
         optim = OPTIMIZERS[optimizer](model.parameters(), lr=lr)
@@ -208,7 +213,7 @@ METHODS: Mapping[str, Build] = {
     "AutoLR": _auto(),
     **{method_with(name): _auto(kind, **options) for name, (kind, options) in VARIANTS.items()},
     **{name: _scheduled(lambda optim, _, total, make=make: make(optim, total)) for name, make in BASELINES.items()},
-    "one cycle": _scheduled(lambda optim, lr, total: OneCycleLR(optim, max_lr=lr, total_steps=total + 1)),
+    "one cycle": _scheduled(_one_cycle),
     "plateau": _plateau,
     "D-Adaptation": _d_adaptation,
     "Prodigy": _prodigy,

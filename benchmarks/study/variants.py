@@ -17,6 +17,8 @@ from autolr_fast.snapshots import Cadence
 
 __all__ = ["VARIANTS", "method_with"]
 
+_WARM = 0.3
+
 
 class _Both(Cadence):
     """Keeps what the lines of all windows need at every probe, where else they take turns."""
@@ -116,6 +118,13 @@ def _agreed(said: Sequence[float]) -> float:
     return min(said, key=abs) if min(said) > 0 or max(said) < 0 else 0.0
 
 
+def _warmed_up(fraction: float) -> float:
+    """The shape of torch's OneCycleLR: up from a 25th until 0.3, and down to nothing."""
+    if fraction < _WARM:
+        return 1 - 0.48 * (1 + math.cos(math.pi * fraction / _WARM))
+    return 0.5 * (1 + math.cos(math.pi * (fraction - _WARM) / (1 - _WARM)))
+
+
 VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "as the source": (AutoLR.paper, {}),
     "not calibrated": (AutoLR, {"calibrate": 0}),
@@ -125,6 +134,7 @@ VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "calibration alone": (AutoLR, {"calibrate": 1, "every": None}),
     "calibration alone, 20 steps": (AutoLR, {"every": None}),
     "not annealed": (AutoLR, {"anneal": lambda _: 1.0}),
+    "warmed up": (AutoLR, {"anneal": _warmed_up}),
     "annealed on plateaus": (AutoLR, {"total_steps": None, "anneal": "plateau"}),
     **{f"window {window}": (AutoLR, {"window": window}) for window in (1, 2, 3, 4)},
     **{f"windows 1 and {window}": (AutoLR, {"window": (1, window)}) for window in (2, 3, 4)},
