@@ -425,11 +425,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not rows:
         parser.error(f"--results {args.results}: there is no runs.jsonl; python -m benchmarks.study writes it")
     found = outcomes(rows)
-    methods = [
-        method
-        for method in METHODS
-        if method not in map(method_with, VARIANTS) and any(method == of for _, _, of in found)
-    ]
+    there = {method for _, _, method in found} - set(map(method_with, VARIANTS))
+    methods = [method for method in METHODS if method in there]
     (args.results / "study.md").write_text(page(rows, found, methods), encoding="utf-8")
     drawn = [method for method in methods if method in _DRAWN]
     picture = figure(found, drawn)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR
+from autolr_fast.annealing import ANNEALINGS
 from autolr_fast.calibration import Look, steady_state
 from autolr_fast.candidates import Line, candidate_parameters
 from autolr_fast.isolation import Closure
@@ -120,9 +121,10 @@ def _agreed(said: Sequence[float]) -> float:
 
 def _warmed_up(fraction: float) -> float:
     """The shape of torch's OneCycleLR: up from a 25th until 0.3, and down to nothing."""
+    cosine = ANNEALINGS["cosine"]
     if fraction < _WARM:
-        return 1 - 0.48 * (1 + math.cos(math.pi * fraction / _WARM))
-    return 0.5 * (1 + math.cos(math.pi * (fraction - _WARM) / (1 - _WARM)))
+        return 1 - 0.96 * cosine(fraction / _WARM)
+    return cosine((fraction - _WARM) / (1 - _WARM))
 
 
 VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
