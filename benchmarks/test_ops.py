@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from autolr_fast import FACTORS_7, ops
-from autolr_fast.candidates import StackedBuffer
+from autolr_fast import FACTORS_7
+from autolr_fast import _ops as ops
+from autolr_fast._ops.buffer import StackedBuffer
 
 from .device import DEVICE, about, wait
 from .paper.models import ResNet18
@@ -140,7 +141,7 @@ def test_ours(benchmark: Any, work: Work, backend: str) -> None:
     """The operator that writes all candidates."""
 
     def run() -> None:
-        ops.stack_candidates(work.prev, work.now, FACTORS, work.rows, backend=backend)
+        ops.candidate_writer(work.prev, work.now, work.rows, backend=backend)(FACTORS)
 
     measure(benchmark, work, f"ours: {backend}", run)
 

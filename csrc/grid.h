@@ -30,46 +30,44 @@ constexpr int kWidth = kVectorBytes / sizeof(T);  // elements of a vector: a thr
 template <typename T>
 constexpr int64_t kTile = kThreads * kWidth<T>;  // elements that a block takes at once
 
-// The parameters of a kernel, passed by value: nothing is uploaded that a CUDA graph or a stream could find stale.
-//
-// P: Flat or Stacked, S: Factors or Models. A block works on one chunk of one parameter of the model.
-template <typename P, typename S, int capacity>
-struct Launch {
-  P parameters[capacity];
-  uint32_t first_chunk[capacity];  // number of the first chunk of each parameter: counts of the chunks, summed up
-  int64_t chunk;                   // elements
-  int32_t count;                   // of the parameters
-  int32_t begin;                   // place of the first of them in the operator's list
-  int32_t rows;                    // N candidates, or K models
-  S settings;
-};
-
-// Parameters that fit a launch of so many bytes.
-template <typename P, typename S>
-constexpr int launch_capacity(int bytes) {
-  return (bytes - static_cast<int>(sizeof(S)) - 32) / static_cast<int>(sizeof(P) + sizeof(uint32_t));
-}
-
 struct Factors {
   double values[kMaxRows];  // [N]
   const double* lr;         // [P] on the device, or null for the line through two points
 };
 
-template <typename W>
-struct Models {
-  Sgd<W> models[kMaxRows];  // [K]
-  bool first_step;
+// What a kernel is given, by value: nothing is uploaded that a CUDA graph or a stream could find stale.
+//
+// A block works on one chunk of one parameter of the model.
+template <int capacity>
+struct Launch {
+  Parameter parameters[capacity];
+  uint32_t first_chunk[capacity];  // number of the first chunk of each parameter: counts of the chunks, summed up
+  int64_t chunk;                   // elements
+  int32_t count;                   // of the parameters
+  int32_t begin;                   // place of the first of them in the operator's list
+  int32_t rows;                    // N
+  Factors factors;
 };
 
-// Call submit(launch, blocks) for every `capacity` parameters, unless they have no elements.
-//
-// tile: elements; blocks_per_chunk: how many blocks will share a chunk's rows.
-template <int capacity, typename P, typename S, typename Submit>
-void for_each_launch(const std::vector<P>& parameters, const S& settings, int rows, int64_t tile,
-                     int64_t blocks_per_chunk, const Submit& submit) {
+// Parameters that fit a launch of so many bytes.
+constexpr int launch_capacity(int bytes) {
+  return (bytes - static_cast<int>(sizeof(Factors)) - 32) / static_cast<int>(sizeof(Parameter) + sizeof(uint32_t));
+}
+
+// A launch of a small model stays within what every driver takes as parameters, and costs less to submit.
+constexpr int kFewBytes = 4096;
+constexpr int kManyBytes = 32764;
+constexpr int kFew = launch_capacity(kFewBytes);
+constexpr int kMany = launch_capacity(kManyBytes);
+static_assert(sizeof(Launch<kFew>) <= kFewBytes && sizeof(Launch<kMany>) <= kManyBytes);
+
+// Call submit(launch, blocks) for every `capacity` parameters, unless they have no elements; tile: elements.
+template <int capacity, typename Submit>
+void for_each_launch_of(const std::vector<Parameter>& parameters, const Factors& factors, int rows, int64_t tile,
+                        const Submit& submit) {
   const auto total = static_cast<int64_t>(parameters.size());
-  Launch<P, S, capacity> launch;
-  launch.settings = settings;
+  Launch<capacity> launch;
+  launch.factors = factors;
   launch.rows = rows;
   for (int64_t begin = 0; begin < total; begin += capacity) {
     launch.begin = static_cast<int32_t>(begin);
@@ -80,7 +78,7 @@ void for_each_launch(const std::vector<P>& parameters, const S& settings, int ro
       tiles += (parameters[begin + i].count + tile - 1) / tile;
     }
     // A chunk of a small model is one tile, so that it fills the GPU; large ones start fewer blocks.
-    launch.chunk = tile * std::clamp<int64_t>(tiles * blocks_per_chunk / kManyBlocks, 1, kMostTiles);
+    launch.chunk = tile * std::clamp<int64_t>(tiles / kManyBlocks, 1, kMostTiles);
     int64_t blocks = 0;
     for (int i = 0; i < launch.count; ++i) {
       launch.first_chunk[i] = static_cast<uint32_t>(blocks);
@@ -89,6 +87,17 @@ void for_each_launch(const std::vector<P>& parameters, const S& settings, int ro
     if (blocks > 0) {
       submit(launch, blocks);
     }
+  }
+}
+
+// The same for parameters of type T, with the smaller kind of launch if it holds all.
+template <typename T, typename Submit>
+void for_each_launch(const std::vector<Parameter>& parameters, const Factors& factors, int rows,
+                     const Submit& submit) {
+  if (parameters.size() <= kFew) {
+    for_each_launch_of<kFew>(parameters, factors, rows, kTile<T>, submit);
+  } else {
+    for_each_launch_of<kMany>(parameters, factors, rows, kTile<T>, submit);
   }
 }
 
@@ -114,13 +123,13 @@ AUTOLR_THREAD Chunk find_chunk(const L& launch, uint32_t block) {
   return {low, begin, end < count ? end : count};
 }
 
-// Whether vectors at all of these addresses, and at as many rows after the last, can be loaded and stored.
-AUTOLR_THREAD bool is_aligned(const void* first, const void* second, const void* third, int64_t row_bytes,
-                              int rows) {
-  uintptr_t bits = reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second) |
-                   reinterpret_cast<uintptr_t>(third);
+// Whether vectors can be loaded and stored in both inputs and in every row.
+template <typename T>
+AUTOLR_THREAD bool is_aligned(const Parameter& parameter, int rows) {
+  uintptr_t bits = reinterpret_cast<uintptr_t>(parameter.first) | reinterpret_cast<uintptr_t>(parameter.second) |
+                   reinterpret_cast<uintptr_t>(parameter.rows);
   if (rows > 1) {
-    bits |= static_cast<uintptr_t>(row_bytes);
+    bits |= static_cast<uintptr_t>(parameter.count) * sizeof(T);
   }
   return bits % kVectorBytes == 0;
 }
@@ -180,21 +189,19 @@ AUTOLR_THREAD void store(T* to, const Share& share, const W (&values)[kWidth<T>]
 template <bool is_step, typename W, typename L>
 AUTOLR_THREAD Row<W> row_of(const L& launch, int parameter, int n) {
   if constexpr (is_step) {
-    return step_row<W>(launch.settings.values[n]);
+    return step_row<W>(launch.factors.values[n]);
   } else {
-    return gradient_row<W>(launch.settings.values[n], launch.settings.lr[launch.begin + parameter]);
+    return gradient_row<W>(launch.factors.values[n], launch.factors.lr[launch.begin + parameter]);
   }
 }
 
 // Write base + coefficient * step for every row of a chunk: a thread keeps what it read while it writes the N rows.
-// Its reads of an element come before its writes, so that with one row, out may be an input.
 template <typename T, bool is_step, typename W, typename L, typename Memory>
 AUTOLR_THREAD void write_rows(const L& launch, const Chunk& chunk, const Row<W>* rows, int thread, Memory& memory) {
-  const auto& parameter = launch.parameters[chunk.parameter];
+  const Parameter& parameter = launch.parameters[chunk.parameter];
   const T* first = static_cast<const T*>(parameter.first);
   const T* second = static_cast<const T*>(parameter.second);
-  const int64_t row_bytes = parameter.count * static_cast<int64_t>(sizeof(T));
-  const bool aligned = is_aligned(first, second, parameter.rows, row_bytes, launch.rows);
+  const bool aligned = is_aligned<T>(parameter, launch.rows);
   for (int64_t tile = chunk.begin; tile < chunk.end; tile += kTile<T>) {
     const Share share = share_of<T>(tile, chunk.end, thread, aligned);
     W start[kWidth<T>], step[kWidth<T>], end[kWidth<T>];
@@ -211,36 +218,6 @@ AUTOLR_THREAD void write_rows(const L& launch, const Chunk& chunk, const Row<W>*
         values[j] = candidate(is_step && row.from_now ? end[j] : start[j], row.coefficient, step[j]);
       }
       store(to, share, values, memory);
-    }
-  }
-}
-
-// Take a chunk of one stacked model a step. A model without momentum neither reads nor writes its buffer.
-template <typename T, typename L, typename Memory>
-AUTOLR_THREAD void step_model(const L& launch, const Chunk& chunk, int k, int thread, Memory& memory) {
-  using W = typename Wide<T>::type;
-  const auto& parameter = launch.parameters[chunk.parameter];
-  const Sgd<W> settings = launch.settings.models[k];
-  const bool first_step = launch.settings.first_step;
-  const int64_t row = k * parameter.count;
-  T* param = static_cast<T*>(parameter.param) + row;
-  T* buffer = static_cast<T*>(parameter.buffer) + row;
-  const T* grad = static_cast<const T*>(parameter.grad) + row;
-  const bool aligned = is_aligned(param, grad, buffer, 0, 1);
-  for (int64_t tile = chunk.begin; tile < chunk.end; tile += kTile<T>) {
-    const Share share = share_of<T>(tile, chunk.end, thread, aligned);
-    W p[kWidth<T>], g[kWidth<T>], b[kWidth<T>] = {};
-    load(param, share, p, memory);
-    load(grad, share, g, memory);
-    if (settings.has_momentum && !first_step) {
-      load(buffer, share, b, memory);
-    }
-    for (int j = 0; j < kWidth<T>; ++j) {
-      sgd_step(settings, first_step, g[j], p[j], b[j]);
-    }
-    store(param, share, p, memory);
-    if (settings.has_momentum) {
-      store(buffer, share, b, memory);
     }
   }
 }

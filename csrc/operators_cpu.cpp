@@ -24,11 +24,11 @@ constexpr int64_t kChunk = 2048;
 
 // Call f(parameter, offset, count) for every chunk of every parameter. All chunks are one range, so that threads
 // share the work evenly whatever the sizes of the parameters.
-template <typename P, typename F>
-void for_each_chunk(const std::vector<P>& parameters, const F& f) {
+template <typename F>
+void for_each_chunk(const std::vector<Parameter>& parameters, const F& f) {
   std::vector<int64_t> first{0};  // [P + 1]: number of the first chunk of each parameter
   first.reserve(parameters.size() + 1);
-  for (const P& parameter : parameters) {
+  for (const Parameter& parameter : parameters) {
     first.push_back(first.back() + (parameter.count + kChunk - 1) / kChunk);
   }
   // Waking a thread for less than 16 k elements costs more than it saves.
@@ -93,31 +93,10 @@ AUTOLR_CLONES void write_gradient_row(const T* __restrict__ now, const T* __rest
   }
 }
 
-template <typename T, typename W>
-AUTOLR_CLONES void plain_sgd_row(const Sgd<W>& settings, const T* __restrict__ grad, int64_t count,
-                                 T* __restrict__ param) {
-  for (int64_t i = 0; i < count; ++i) {
-    W p = static_cast<W>(param[i]), none = 0;
-    sgd_step(settings, false, static_cast<W>(grad[i]), p, none);
-    param[i] = static_cast<T>(p);
-  }
-}
-
-template <typename T, typename W>
-AUTOLR_CLONES void sgd_row(const Sgd<W>& settings, bool first_step, const T* __restrict__ grad, int64_t count,
-                           T* __restrict__ param, T* __restrict__ buffer) {
-  for (int64_t i = 0; i < count; ++i) {
-    W p = static_cast<W>(param[i]), b = static_cast<W>(buffer[i]);
-    sgd_step(settings, first_step, static_cast<W>(grad[i]), p, b);
-    param[i] = static_cast<T>(p);
-    buffer[i] = static_cast<T>(b);
-  }
-}
-
 template <typename T>
-int64_t bytes_written(const std::vector<Flat>& parameters, int64_t rows) {
+int64_t bytes_written(const std::vector<Parameter>& parameters, int64_t rows) {
   int64_t bytes = 0;
-  for (const Flat& parameter : parameters) {
+  for (const Parameter& parameter : parameters) {
     bytes += parameter.count * rows * static_cast<int64_t>(sizeof(T));
   }
   return bytes;
@@ -130,7 +109,7 @@ constexpr int64_t kSharedCache = int64_t{32} << 20;
 void stack_candidates(std::vector<Tensor> prev, std::vector<Tensor> now, std::vector<double> factors,
                       std::vector<Tensor> out) {
   const auto rows = static_cast<int64_t>(factors.size());
-  const std::vector<Flat> parameters = flatten(prev, now, out, rows);
+  const std::vector<Parameter> parameters = flatten(prev, now, out, rows);
   if (parameters.empty()) {
     return;
   }
@@ -139,19 +118,22 @@ void stack_candidates(std::vector<Tensor> prev, std::vector<Tensor> now, std::ve
     using W = typename Wide<T>::type;
     [[maybe_unused]] const bool streams = bytes_written<T>(parameters, rows) > kSharedCache;
     for_each_chunk(parameters, [&](size_t index, int64_t offset, int64_t count) {
-      const Flat& parameter = parameters[index];
+      const Parameter& parameter = parameters[index];
       const T* before = static_cast<const T*>(parameter.first) + offset;
       const T* after = static_cast<const T*>(parameter.second) + offset;
       T* to = static_cast<T*>(parameter.rows) + offset;
-      for (int64_t n = 0; n < rows; ++n) {
 #ifdef __SSE2__
-        if constexpr (std::is_same_v<T, W>) {
-          if (streams) {
+      if constexpr (std::is_same_v<T, W>) {
+        if (streams) {
+          for (int64_t n = 0; n < rows; ++n) {
             stream_step_row(before, after, step_row<W>(factors[n]), count, to + n * parameter.count);
-            continue;
           }
+          _mm_sfence();  // else another thread that is told of the rows may read what was there before
+          return;
         }
+      }
 #endif
+      for (int64_t n = 0; n < rows; ++n) {
         write_step_row(before, after, step_row<W>(factors[n]), count, to + n * parameter.count);
       }
     });
@@ -161,7 +143,7 @@ void stack_candidates(std::vector<Tensor> prev, std::vector<Tensor> now, std::ve
 void stack_gradient_candidates(std::vector<Tensor> now, std::vector<Tensor> grad, Tensor lr,
                                std::vector<double> factors, std::vector<Tensor> out) {
   const auto rows = static_cast<int64_t>(factors.size());
-  const std::vector<Flat> parameters = flatten(now, grad, out, rows);
+  const std::vector<Parameter> parameters = flatten(now, grad, out, rows);
   check_rates(lr, parameters.size());
   if (parameters.empty()) {
     return;
@@ -171,7 +153,7 @@ void stack_gradient_candidates(std::vector<Tensor> now, std::vector<Tensor> grad
     using T = decltype(example);
     using W = typename Wide<T>::type;
     for_each_chunk(parameters, [&](size_t index, int64_t offset, int64_t count) {
-      const Flat& parameter = parameters[index];
+      const Parameter& parameter = parameters[index];
       const T* value = static_cast<const T*>(parameter.first) + offset;
       const T* gradient = static_cast<const T*>(parameter.second) + offset;
       T* to = static_cast<T*>(parameter.rows) + offset;
@@ -182,50 +164,11 @@ void stack_gradient_candidates(std::vector<Tensor> now, std::vector<Tensor> grad
   });
 }
 
-void stacked_sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
-                      std::vector<double> lr, std::vector<double> momentum, std::vector<double> weight_decay,
-                      std::vector<double> dampening, std::vector<bool> nesterov, bool first_step) {
-  const auto rows = static_cast<int64_t>(lr.size());
-  const std::vector<Stacked> parameters = flatten_stacked(params, grads, momentum_buffers, momentum, rows);
-  check_settings(rows, {momentum.size(), weight_decay.size(), dampening.size(), nesterov.size()});
-  if (parameters.empty()) {
-    return;
-  }
-  dispatch(params[0].scalar_type(), [&](auto example) {
-    using T = decltype(example);
-    using W = typename Wide<T>::type;
-    for_each_chunk(parameters, [&](size_t index, int64_t offset, int64_t count) {
-      const Stacked& parameter = parameters[index];
-      for (int64_t k = 0; k < rows; ++k) {
-        const Sgd<W> settings = sgd<W>(lr[k], momentum[k], weight_decay[k], dampening[k], nesterov[k]);
-        const int64_t start = k * parameter.count + offset;
-        T* param = static_cast<T*>(parameter.param) + start;
-        const T* grad = static_cast<const T*>(parameter.grad) + start;
-        if (settings.has_momentum) {
-          sgd_row(settings, first_step, grad, count, param, static_cast<T*>(parameter.buffer) + start);
-        } else {
-          plain_sgd_row(settings, grad, count, param);
-        }
-      }
-    });
-  });
-}
-
-void score_losses(Tensor losses, std::vector<double> factors, std::string normalize, double exponent, double lowest,
-                  double highest, Tensor level, Tensor weights, Tensor factor) {
-  check_score(losses, factors, level, weights, factor);
-  score(static_cast<const double*>(losses.const_data_ptr()), factors.data(), static_cast<int>(factors.size()),
-        parse_normalization(normalize), exponent, lowest, highest, static_cast<double*>(level.mutable_data_ptr()),
-        static_cast<double*>(weights.mutable_data_ptr()), static_cast<double*>(factor.mutable_data_ptr()));
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(autolr_fast, CPU, library) {
   library.impl("stack_candidates.cpp", TORCH_BOX(&stack_candidates));
   library.impl("stack_gradient_candidates.cpp", TORCH_BOX(&stack_gradient_candidates));
-  library.impl("stacked_sgd_step.cpp", TORCH_BOX(&stacked_sgd_step));
-  library.impl("score.cpp", TORCH_BOX(&score_losses));
 }
 
 }  // namespace autolr

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from autolr_fast.copies import Copies
+from autolr_fast._ops.copies import Copies
 
 
 class Marked(torch.Tensor):

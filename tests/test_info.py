@@ -1,6 +1,7 @@
 import torch
 
-from autolr_fast import __version__, ops
+from autolr_fast import __version__
+from autolr_fast import _ops as ops
 from autolr_fast.__main__ import main
 
 

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <set>
 #include <string>
@@ -19,18 +20,6 @@
 using namespace autolr;
 
 namespace {
-
-struct Flat {
-  const void *first, *second;
-  void* rows;
-  int64_t count;
-};
-struct Stacked {
-  void* param;
-  const void* grad;
-  void* buffer;
-  int64_t count;
-};
 
 std::string running;
 
@@ -145,22 +134,14 @@ bool same(T a, T b) {
 }
 
 // The launches that the operators make; `run` is given each with the number of its blocks.
-template <typename T, typename P, typename S, typename Run>
-void launches(const std::vector<P>& parameters, const S& settings, int rows, int64_t blocks_per_chunk,
-              const Run& run) {
-  constexpr int few = launch_capacity<P, S>(4096), many = launch_capacity<P, S>(32764);
-  static_assert(sizeof(Launch<P, S, few>) <= 4096 && sizeof(Launch<P, S, many>) <= 32764);
+template <typename T, typename Run>
+void launches(const std::vector<Parameter>& parameters, const Factors& factors, int rows, const Run& run) {
   size_t number = 0;
-  const auto counted = [&](const auto& launch, int64_t blocks) {
+  for_each_launch<T>(parameters, factors, rows, [&](const auto& launch, int64_t blocks) {
     ++number;
     run(launch, blocks);
-  };
-  if (parameters.size() <= few) {
-    for_each_launch<few>(parameters, settings, rows, kTile<T>, blocks_per_chunk, counted);
-  } else {
-    for_each_launch<many>(parameters, settings, rows, kTile<T>, blocks_per_chunk, counted);
-  }
-  require(number <= (parameters.size() + many - 1) / many, "there are more launches than there must be");
+  });
+  require(number <= (parameters.size() + kMany - 1) / kMany, "there are more launches than there must be");
 }
 
 template <typename T, bool is_step, typename L, typename M>
@@ -184,7 +165,7 @@ void check_rows(const char* name, const std::vector<int64_t>& counts, int rows, 
   using W = typename Wide<T>::type;
   const auto total = static_cast<int>(counts.size());
   Memory memory;
-  std::vector<Flat> parameters;
+  std::vector<Parameter> parameters;
   std::vector<double> lr;
   for (int i = 0; i < total; ++i) {
     T* first = memory.allocate<T>(counts[i], shift(i, 0));
@@ -194,11 +175,11 @@ void check_rows(const char* name, const std::vector<int64_t>& counts, int rows, 
     parameters.push_back({first, second, memory.allocate<T>(counts[i] * rows, shift(i, 2)), counts[i]});
     lr.push_back(0.1 + 0.001 * i);
   }
-  Factors factors = {{2.0, 1.0, 0.5, 0.0, 0.25, 64.0, -3.0}, lr.data()};
+  Factors factors = {{2.0, 1.0, 0.5, 0.0, 0.25, -0.3, 64.0}, lr.data()};
   for (int n = 7; n < rows; ++n) {
     factors.values[n] = 0.1 * n;
   }
-  launches<T>(parameters, factors, rows, 1, [&](const auto& launch, int64_t blocks) {
+  launches<T>(parameters, factors, rows, [&](const auto& launch, int64_t blocks) {
     for (int64_t block = 0; block < blocks; ++block) {
       run_block<T, is_step>(launch, static_cast<uint32_t>(block), memory);
     }
@@ -223,66 +204,6 @@ void check_rows(const char* name, const std::vector<int64_t>& counts, int rows, 
     }
   }
   require((memory.vectors > 0) == vectors, "vectors are not written where they should be, or are elsewhere");
-}
-
-template <typename T>
-void check_models(const char* name, const std::vector<int64_t>& counts, int models, bool first_step, int shift) {
-  running =
-      std::string(name) + ", " + std::to_string(models) + " models of " + std::to_string(sizeof(T)) + " bytes";
-  using W = typename Wide<T>::type;
-  Memory memory;
-  std::vector<Stacked> parameters;
-  std::vector<std::vector<T>> params, buffers;  // before the step
-  for (const int64_t count : counts) {
-    T* param = memory.allocate<T>(count * models, shift);
-    T* grad = memory.allocate<T>(count * models, shift);
-    T* buffer = memory.allocate<T>(count * models, shift);
-    for (T* values : {param, grad, buffer}) {
-      fill(values, count * models);
-    }
-    params.emplace_back(param, param + count * models);
-    buffers.emplace_back(buffer, buffer + count * models);
-    parameters.push_back({param, grad, buffer, count});
-  }
-  Models<W> settings = {};
-  settings.first_step = first_step;
-  const auto momentum = [](int k) { return k % 3 * 0.45; };
-  const auto decay = [](int k) { return k % 2 * 0.01; };
-  for (int k = 0; k < models; ++k) {
-    settings.models[k] = sgd<W>(0.1 * (k + 1), momentum(k), decay(k), 0.125, k % 4 == 1);
-  }
-  launches<T>(parameters, settings, models, models, [&](const auto& launch, int64_t blocks) {
-    for (int64_t block = 0; block < blocks * models; ++block) {
-      const Chunk chunk = find_chunk(launch, static_cast<uint32_t>(block % blocks));
-      for (int thread = 0; thread < kThreads; ++thread) {
-        step_model<T>(launch, chunk, static_cast<int>(block / blocks), thread, memory);
-      }
-    }
-  });
-  for (size_t i = 0; i < counts.size(); ++i) {
-    for (int k = 0; k < models; ++k) {
-      const int64_t row = k * counts[i];
-      const auto* param = static_cast<const T*>(parameters[i].param) + row;
-      const auto* grad = static_cast<const T*>(parameters[i].grad) + row;
-      const auto* buffer = static_cast<const T*>(parameters[i].buffer) + row;
-      const bool uses_buffer = momentum(k) != 0;
-      memory.require_counts(param, counts[i], 1, 1);
-      memory.require_counts(grad, counts[i], 1, 0);
-      memory.require_counts(buffer, counts[i], uses_buffer && !first_step, uses_buffer);
-      const W m = static_cast<W>(momentum(k)), lr = static_cast<W>(0.1 * (k + 1));
-      for (int64_t e = 0; e < counts[i]; ++e) {
-        W p = static_cast<W>(params[i][row + e]), b = static_cast<W>(buffers[i][row + e]);
-        W g = static_cast<W>(grad[e]);
-        if (decay(k) != 0) g = g + static_cast<W>(decay(k)) * p;
-        if (uses_buffer) {
-          b = first_step ? g : m * b + static_cast<W>(1 - 0.125) * g;
-          g = k % 4 == 1 ? g + m * b : b;
-        }
-        require(same(param[e], static_cast<T>(p - lr * g)), "a parameter is not the formula's");
-        require(same(buffer[e], static_cast<T>(b)), "a buffer is not the formula's");
-      }
-    }
-  }
 }
 
 // Notes which elements of which rows would be touched.
@@ -312,11 +233,11 @@ void check_far(int64_t count, int rows) {
   running = std::to_string(count) + " elements of " + std::to_string(sizeof(T)) + " bytes";
   const uintptr_t first = uintptr_t{1} << 40, second = uintptr_t{1} << 41, out = uintptr_t{1} << 42;
   const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
-  const std::vector<Flat> parameters = {{at(4096), at(8192), at(65536), 7},
+  const std::vector<Parameter> parameters = {{at(4096), at(8192), at(65536), 7},
                                         {at(first), at(second), at(out), count},
                                         {at(12288), at(16384), at(1 << 20), 1000}};
   const Factors factors = {{2.0, 1.0, 0.25}, nullptr};
-  launches<T>(parameters, factors, rows, 1, [&](const auto& launch, int64_t blocks) {
+  launches<T>(parameters, factors, rows, [&](const auto& launch, int64_t blocks) {
     require(blocks < std::numeric_limits<int32_t>::max(), "there are too many blocks");
     int64_t done[3] = {};
     for (int64_t block = 0; block < blocks; ++block) {
@@ -365,16 +286,12 @@ void check_type() {
     counts.push_back(i % 3 == 0 ? 64 * 9 * (i + 1) : i % 3 * 32 + i % 2);
   }
   check_rows<T, true>("62 tensors", counts, 3, aligned, true);
-  check_models<T>("62 tensors", counts, 3, false, 0);
-  check_models<T>("62 tensors, not aligned", counts, 2, true, 1);
   counts.clear();
   for (int i = 0; i < 1000; ++i) {
     counts.push_back(i == 950 ? 20000 : i * 7 % 41);
   }
   check_rows<T, true>("1000 tensors", counts, 2, aligned, true);
   check_rows<T, false>("1000 tensors, some not aligned", counts, 2, mixed, true);
-  check_models<T>("1000 tensors", counts, 2, false, 0);
-  check_models<T>("six tensors, 64 models", {784, 32, 0, 32, 2 * kTile<T>, 11}, 64, false, 0);
 }
 
 }  // namespace

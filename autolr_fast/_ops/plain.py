@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..scoring import NORMALIZATIONS, SCORES, weigh
 from .schemas import LIBRARY
 
 __all__: list[str] = []
@@ -40,46 +39,6 @@ def _stack_gradient_candidates(
             _write(row, base, -(factor * rate).to(base.dtype), step)
 
 
-def _stacked_sgd_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    lr: Sequence[float],
-    momentum: Sequence[float],
-    weight_decay: Sequence[float],
-    dampening: Sequence[float],
-    nesterov: Sequence[bool],
-    first_step: bool,
-) -> None:
-    for param, grad, buffer in zip(params, grads, momentum_buffers or params, strict=True):
-        for k in range(len(lr)):
-            p, g = _wide(param[k]), _wide(grad[k])
-            if weight_decay[k] != 0:
-                g = g + weight_decay[k] * p
-            if momentum[k] != 0:
-                b = g if first_step else momentum[k] * _wide(buffer[k]) + (1.0 - dampening[k]) * g
-                buffer[k].copy_(b)
-                g = g + momentum[k] * b if nesterov[k] else b
-            param[k].copy_(p - lr[k] * g)
-
-
-def _score(
-    losses: Tensor,
-    factors: Sequence[float],
-    normalize: str,
-    exponent: float,
-    lowest: float,
-    highest: float,
-    level: Tensor,
-    weights: Tensor,
-    factor: Tensor,
-) -> None:
-    weighed, mean = weigh(losses, factors, NORMALIZATIONS[normalize], SCORES["exp"])
-    weights.copy_(weighed)
-    factor.copy_(mean)
-    level.mul_(mean**exponent).clamp_(lowest, highest)
-
-
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -100,8 +59,6 @@ def _write(row: Tensor, base: Tensor, coefficient: float | Tensor, step: Tensor)
 for _name, _function in {
     "stack_candidates": _stack_candidates,
     "stack_gradient_candidates": _stack_gradient_candidates,
-    "stacked_sgd_step": _stacked_sgd_step,
-    "score": _score,
 }.items():
     LIBRARY.impl(f"{_name}.torch", _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     # Being composite, it would be what fake tensors run; like the other backends it has nothing to fake.

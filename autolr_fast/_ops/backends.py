@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import os
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,6 +24,12 @@ __all__ = ["VARIABLE", "BackendError", "Choice", "choose", "explain"]
 VARIABLE = "AUTOLR_FAST_BACKEND"
 _ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
 _COMPILE = "pip install --no-build-isolation ."
+# backend -> (why there is none, what to do)
+_INSTALL: dict[str, tuple[str, str]] = {
+    "cuda": ("the package was installed without compiling it; with nvcc", _COMPILE),
+    "triton": ("Triton is not installed", "pip install --upgrade triton"),
+    "cpp": ("the package was installed without compiling it; with a C++ compiler", _COMPILE),
+}
 
 
 class BackendError(RuntimeError):
@@ -55,10 +60,7 @@ def choose(device_type: str, backend: str | None = None) -> str:
     asked, source = (backend, "backend") if backend is not None else (os.environ.get(VARIABLE), VARIABLE)
     if not asked:
         return next(choice.backend for choice in explain(device_type) if not choice.reason)
-    reason = f"there is no backend of that name, only {', '.join(BACKENDS)}"
-    if asked in BACKENDS:
-        reason = _why_not(asked, device_type)
-    if reason:
+    if reason := _why_not(asked, device_type):
         known = ", ".join(choice.backend for choice in explain(device_type) if not choice.reason)
         raise BackendError(f"{source}={asked!r} cannot serve {device_type}: {reason}. What can here: {known}")
     return asked
@@ -73,6 +75,8 @@ def explain(device_type: str) -> list[Choice]:
 def _why_not(backend: str, device_type: str) -> str:
     if backend == "torch":
         return ""
+    if backend not in BACKENDS:
+        return f"there is no backend of that name, only {', '.join(BACKENDS)}"
     interpreted = backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if backend not in _ORDER.get(device_type, ()) and not interpreted:
         return f"it serves {' and '.join(device for device, order in _ORDER.items() if backend in order)} only"
@@ -82,27 +86,20 @@ def _why_not(backend: str, device_type: str) -> str:
 @functools.cache
 def _load(backend: str) -> str:
     """Load a backend at the first call; return why it cannot be, or nothing."""
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed: pip install triton"
-        module, remedy = "autolr_fast.ops.triton", "pip install --upgrade triton"
-    else:
-        if backend == "cuda" and torch.version.cuda is None:
-            return "this torch is built without CUDA: install a build with it"
-        libraries = sorted(Path(__file__).parent.parent.glob(f"_{backend}.*"))
-        libraries = [path for path in libraries if path.suffix in (".so", ".pyd", ".dylib")]
-        if not libraries:
-            need = "nvcc" if backend == "cuda" else "a C++ compiler"
-            return f"the package was installed without compiling it: with {need}, {_COMPILE}"
-        module, remedy = str(libraries[0]), f"compile it again for this torch: {_COMPILE}"
+    if backend == "cuda" and torch.version.cuda is None:
+        return "this torch is built without CUDA: install a build with it"
+    found = importlib.util.find_spec("triton" if backend == "triton" else f"autolr_fast._{backend}")
+    missing, remedy = _INSTALL[backend]
+    if found is None:
+        return f"{missing}: {remedy}"
     try:
         if backend == "triton":
-            importlib.import_module(module)
+            importlib.import_module("autolr_fast._ops.triton")
         else:
-            torch.ops.load_library(module)  # type: ignore[no-untyped-call]
+            torch.ops.load_library(found.origin)  # type: ignore[no-untyped-call]
     except Exception as error:
         # torch raises an OSError of its own from that of the loader, which says why.
-        reason = f"{error.__cause__ or error}; {remedy}"
+        reason = f"{error.__cause__ or error}; install it again, for this torch: {remedy}"
         warnings.warn(
             f"autolr_fast goes on without its backend {backend!r}, which does not load: {reason}", stacklevel=2
         )

@@ -20,12 +20,6 @@ SCHEMAS: dict[str, str] = {
     # now_i, grad_i [*shape_i], lr [P] float64 -> out_i [N, *shape_i]: now - f * lr_i * grad
     "stack_gradient_candidates": "(Tensor[] now, Tensor[] grad, Tensor lr, float[] factors, "
     "Tensor(a!)[] out) -> ()",
-    # params_i, grads_i, momentum_buffers_i [K, *shape_i] (or none, without momentum), everything else [K]
-    "stacked_sgd_step": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float[] lr, "
-    "float[] momentum, float[] weight_decay, float[] dampening, bool[] nesterov, bool first_step) -> ()",
-    # losses [N] float64 -> level 0-dim, weights [N], factor 0-dim, all float64
-    "score": "(Tensor losses, float[] factors, str normalize, float exponent, float lowest, float highest, "
-    "Tensor(a!) level, Tensor(b!) weights, Tensor(c!) factor) -> ()",
 }
 
 LIBRARY = torch.library.Library("autolr_fast", "DEF")  # type: ignore[no-untyped-call]

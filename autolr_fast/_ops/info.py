@@ -9,7 +9,8 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, ops
+from .. import __version__
+from .. import _ops as ops
 
 __all__ = ["main", "table"]
 
