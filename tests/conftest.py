@@ -4,7 +4,7 @@ import hypothesis
 import pytest
 import torch
 
-from autolr_fast.evaluators import Graphed
+from autolr_fast._evaluators import Graphed
 
 from .tape import TapeRecorder
 
@@ -41,5 +41,11 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _graphs_on_tape(monkeypatch):
-    """There are no CUDA graphs of tensors on the CPU."""
-    monkeypatch.setattr(Graphed, "_make_recorder", lambda *args: TapeRecorder())
+    """There are no CUDA graphs of tensors on the CPU; of tensors on a GPU they are the real ones."""
+    make_recorder = Graphed._make_recorder
+
+    def make(self, model, line):
+        on_cpu = all(parameter.device.type == "cpu" for parameter in line.parameters)
+        return TapeRecorder() if on_cpu else make_recorder(self, model, line)
+
+    monkeypatch.setattr(Graphed, "_make_recorder", make)

@@ -58,7 +58,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """In the place of :class:`autolr_fast.evaluators.graphed.Recorder`."""
+    """In the place of :class:`autolr_fast._evaluators.graphed.Recorder`."""
 
     def __enter__(self):
         return self

@@ -7,19 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autolr_fast import EVALUATORS, FACTORS_3
+from autolr_fast import FACTORS_3
 
-from .helpers import losses_of_copies, refusal_of
+from .helpers import NAMED, losses_of_copies, refusal_of
 from .test_evaluators import probed
 
 transformers = pytest.importorskip("transformers", minversion="5.0")  # 4 batches no mixture of experts
 
 # architecture -> evaluator -> what of it the evaluator has no way to do. All other combinations are accepted.
-BATCHED = ("folded", "stacked")
 REFUSED = {
-    "bloom": dict.fromkeys(BATCHED, "an autograd.Function of the old style"),
-    "gpt2-checkpointed": dict.fromkeys(BATCHED, "requires_grad_() on the embeddings"),
-    "mixtral-eager-experts": dict.fromkeys((*BATCHED, "graphed"), "as many tokens to an expert as the values say"),
+    "bloom": {"stacked": "an autograd.Function of the old style"},
+    "gpt2-checkpointed": {"stacked": "requires_grad_() on the embeddings"},
+    "mixtral-eager-experts": dict.fromkeys(("graphed", "stacked"), "as many tokens to an expert as the values say"),
     "wav2vec2": {"graphed": "reads values back"},
 }
 
@@ -35,9 +34,9 @@ def language_model(config, **options):
     return model, lambda model: model(tokens, labels=tokens).loss
 
 
-def image_classifier(config):
-    model = transformers.AutoModelForImageClassification.from_config(config)
-    x, y = torch.randn(4, 3, 32, 32), torch.randint(5, (4,))
+def image_classifier(config, batch=4, dtype=torch.float32):
+    model = transformers.AutoModelForImageClassification.from_config(config).to(dtype)
+    x, y = torch.randn(batch, 3, 32, 32, dtype=dtype), torch.randint(5, (batch,))
     return model, lambda model: F.cross_entropy(model(x).logits, y)
 
 
@@ -132,6 +131,11 @@ def resnet():
     )
 
 
+def mobilenet_v2(dtype):
+    config = transformers.MobileNetV2Config(depth_multiplier=0.1, image_size=32, num_labels=5)
+    return image_classifier(config, batch=16, dtype=dtype)
+
+
 ARCHITECTURES = {
     "gpt2": gpt2,
     "gpt2-eager": lambda: gpt2(attn_implementation="eager"),
@@ -153,7 +157,14 @@ ARCHITECTURES = {
     "swin": swin,
     "convnext": convnext,
     "resnet": resnet,
+    "mobilenet_v2": lambda: mobilenet_v2(torch.float32),
+    "mobilenet_v2-float64": lambda: mobilenet_v2(torch.float64),
 }
+
+# Of batched losses, relative; 1e-4 for all others. MobileNetV2's 52 normalisations amplify rounding: in float32 its
+# losses deviate by 3e-6 here, and by 9e-5 at a factor of 8, where a deep copy's is 2e-4 off that of float64.
+# In float64 they deviate by 4e-16.
+RTOL = {"mobilenet_v2-float64": 1e-12}
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
@@ -173,10 +184,11 @@ def problem(request):
         "line": line,
         "loss_of": loss_of,
         "expected": dict(zip(FACTORS_3, losses, strict=True)),
+        "rtol": RTOL.get(request.param, 1e-4),
     }
 
 
-@pytest.mark.parametrize("evaluator", sorted(EVALUATORS))
+@pytest.mark.parametrize("evaluator", NAMED)
 def test_losses(problem, evaluator):
     architecture, probe = problem
     torch.manual_seed(1)
@@ -186,10 +198,9 @@ def test_losses(problem, evaluator):
 
 
 def test_table_of_refusals():
-    assert set(REFUSED) <= set(ARCHITECTURES)
+    assert set(REFUSED) | set(RTOL) <= set(ARCHITECTURES)
     assert {evaluator for refused in REFUSED.values() for evaluator in refused} <= {
-        "stacked",
-        "folded",
-        "streamed",
         "graphed",
+        "stacked",
+        "streamed",
     }

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autolr_fast import EVALUATORS, FACTORS_5, FACTORS_7, AutoLR, InPlace, Stacked, ops
+from autolr_fast import FACTORS_5, FACTORS_7, AutoLR, InPlace, Rule, Stacked
+from autolr_fast import _ops as ops
+from autolr_fast._evaluators import EVALUATORS
 
 from .helpers import assert_same, everything, mlp, train_step
 from .test_evaluators import probed
@@ -43,12 +45,14 @@ OPTIMIZERS = {
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize("evaluator", ["inplace", "streamed", "folded", "stacked", "graphed"])
+@pytest.mark.parametrize("evaluator", ["inplace", "streamed", "stacked", "graphed"])
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_a_tensor_lr_never_waits_for_the_gpu(optimizer, evaluator):
     model, loss_of = classifier(20, 32, 10)
     optimizer = OPTIMIZERS[optimizer](model.parameters(), torch.tensor(1e-3, device=DEVICE))
-    scheduler = AutoLR(optimizer, model, total_steps=100, calibrate=3, every=5, evaluator=evaluator)
+    scheduler = AutoLR(
+        optimizer, model, total_steps=100, calibration_steps=3, probe_every_steps=5, evaluator=evaluator
+    )
     for step in range(1, 61):
         train_step(model, optimizer, loss_of)  # torch's own may wait
         torch.cuda.set_sync_debug_mode("default" if step < 20 else "error")
@@ -64,7 +68,9 @@ def test_a_tensor_lr_never_waits_for_the_gpu(optimizer, evaluator):
 def test_a_float_lr_waits_once_a_probe():
     model, loss_of = classifier(20, 32, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    scheduler = AutoLR(optimizer, model, total_steps=100, calibrate=3, every=5, evaluator="inplace")
+    scheduler = AutoLR(
+        optimizer, model, total_steps=100, calibration_steps=3, probe_every_steps=5, evaluator="inplace"
+    )
     waits = []
     for _ in range(30):
         train_step(model, optimizer, loss_of)
@@ -100,10 +106,14 @@ def test_a_probe_changes_nothing(evaluator):
     assert_same(before, everything(model, optimizer))
 
 
-def test_the_compiled_operators_serve():
+def test_the_fastest_backend_serves():
     reasons = dict(ops.explain(DEVICE))
     assert ops.choose(DEVICE) == next(backend for backend in ("cuda", "triton", "torch") if not reasons[backend])
-    assert not reasons["triton"]
+
+
+def test_triton_can_serve():
+    pytest.importorskip("triton")
+    assert not dict(ops.explain(DEVICE))["triton"]
 
 
 def test_chunks_get_smaller_where_memory_runs_out():
@@ -154,6 +164,7 @@ def test_autocast_and_a_scaler_that_skips(dtype):
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("what", ["model", "loss"])
 def test_compiled_models_run_compiled(what, mode):
+    pytest.importorskip("triton")
     model, loss_of = classifier(20, 64, 10)
     eager = copy.deepcopy(model)
     _, line, _ = probed(model, loss_of)
@@ -200,10 +211,11 @@ def test_calibration_finds_the_rate_that_the_cpu_finds(kind, lr):
     assert levels[1] == pytest.approx(levels[0], rel=0.05)
 
 
-def test_large_parameters_are_told_by_the_optimizer_state():
+def test_no_snapshot_is_kept_between_probes():
     model, loss_of = classifier(1024, *([2048] * 3), 10)  # 40 MiB
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    scheduler = AutoLR(optimizer, model, calibrate=3, every=5, evaluator="inplace")
+    rule = Rule(window_steps=1)
+    scheduler = AutoLR(optimizer, model, rule=rule, calibration_steps=3, probe_every_steps=5, evaluator="inplace")
     sizes = []
     for _ in range(20):
         optimizer.zero_grad()
@@ -213,4 +225,4 @@ def test_large_parameters_are_told_by_the_optimizer_state():
         sizes.append(torch.cuda.memory_allocated())
     assert scheduler.last_probe.step == 20
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    assert max(sizes[5:]) - min(sizes[5:]) < parameters / 2  # no snapshot between the steps
+    assert max(sizes[5:]) - min(sizes[5:]) < parameters / 2

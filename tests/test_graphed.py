@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from autolr_fast import FACTORS_5, AutoLR, EvaluatorError, Graphed, InPlace
-from autolr_fast.evaluators import graphed
+from autolr_fast import FACTORS_5, AutoLR, Graphed, InPlace
+from autolr_fast._evaluators import EvaluatorError, graphed
+from autolr_fast._steps import StepLine
 
 from .helpers import MODELS, assert_same, everything, losses_of_copies, problem, sgd, train_step
 from .test_evaluators import probed
@@ -52,7 +53,9 @@ def test_training_ends_where_in_place_ends():
     for evaluator in ("graphed", "inplace"):
         model, loss_of = problem("convnet")
         optimizer = sgd(model, momentum=0.9)
-        scheduler = AutoLR(optimizer, model, every=2, calibrate=4, total_steps=12, evaluator=evaluator)
+        scheduler = AutoLR(
+            optimizer, model, probe_every_steps=2, calibration_steps=4, total_steps=12, evaluator=evaluator
+        )
         for _ in range(12):
             train_step(model, optimizer, loss_of)
             scheduler.step(lambda model=model, loss_of=loss_of: loss_of(model))
@@ -80,6 +83,14 @@ def test_what_cannot_be_captured_is_refused(closure_of, says):
     with pytest.raises(EvaluatorError, match=says):
         Graphed().losses(model, line, FACTORS_5, lambda: closure_of(model, x))
     assert_same(before, everything(model, optimizer))
+
+
+def test_the_simulation_is_of_the_cpu_alone():
+    with torch.device("meta"):  # stands for any other
+        model = nn.Linear(5, 3)
+    line = StepLine({parameter: parameter.detach() for parameter in model.parameters()}, {}, window=1)
+    with pytest.raises(EvaluatorError, match="parameters are on meta, not on one CUDA GPU"):
+        Graphed().losses(model, line, FACTORS_5, lambda: model(torch.ones(2, 5, device="meta")).sum())
 
 
 @pytest.mark.cpu
@@ -165,8 +176,7 @@ def test_a_capture_that_fails_is_ended_and_leaves_the_generator_as_it_was(monkey
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_on_a_gpu(monkeypatch, name):
-    monkeypatch.undo()
+def test_on_a_gpu(name):
     model, loss_of = problem(name)
     model.cuda()
     x = MODELS[name][1]().cuda()

@@ -16,35 +16,18 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["FusedLayers", "attention", "batch_norm", "dropout_mask", "linear"]
 
-torch.library.define("autolr_fast::stacked_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-
+torch.library.define("autolr_fast::stacked_linear", "(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
 torch.library.define(
     "autolr_fast::stacked_batch_norm",
-    "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, bool training, "
-    "float momentum, float eps) -> Tensor",
+    "(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None, Tensor? bias=None, "
+    "bool training=False, float momentum=0.1, float eps=1e-5) -> Tensor",
 )
 torch.library.define("autolr_fast::stacked_dropout_mask", "(Tensor like, float p) -> Tensor")
 torch.library.define(
     "autolr_fast::stacked_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, float? scale, "
-    "bool enable_gqa) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, "
+    "*, float? scale=None, bool enable_gqa=False) -> Tensor",
 )
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-
 
 torch.library.impl("autolr_fast::stacked_linear", "CompositeImplicitAutograd", F.linear)
 torch.library.impl("autolr_fast::stacked_batch_norm", "CompositeImplicitAutograd", F.batch_norm)
@@ -54,7 +37,7 @@ torch.library.impl(
     "CompositeExplicitAutograd",
     lambda like, p: F.dropout(torch.ones_like(like), p),
 )
-torch.library.impl("autolr_fast::stacked_attention", "CompositeExplicitAutograd", _attention)
+torch.library.impl("autolr_fast::stacked_attention", "CompositeExplicitAutograd", F.scaled_dot_product_attention)
 
 linear = torch.ops.autolr_fast.stacked_linear.default
 """``F.linear`` of x [*, in], weight [out, in] and bias [out]."""
@@ -68,26 +51,24 @@ attention = torch.ops.autolr_fast.stacked_attention.default
 
 @torch.library.register_vmap("autolr_fast::stacked_linear")  # type: ignore[untyped-decorator]
 def _batched_linear(
-    info: Any, in_dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None
+    info: Any, in_dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, int]:
     """One batched product from the left: from the right, the weights' gradients would come transposed."""
-    x, weight = _in_front(x, in_dims[0]), _in_front(weight, in_dims[1])
-    shape = [info.batch_size, *x.shape[1:-1], *weight.shape[1:-1]]
-    rows = x.reshape(len(x), -1, x.shape[-1])  # [N or 1, R, in]
-    weight = weight.reshape(len(weight), -1, weight.shape[-1])  # [N or 1, out, in]
-    bias = None if bias is None else _in_front(bias, in_dims[2]).unsqueeze(-1)
-    if len(weight) == info.batch_size:
-        rows = rows.expand(info.batch_size, -1, -1)
-        out = torch.bmm(weight, rows.mT) if bias is None else torch.baddbmm(bias, weight, rows.mT)
+    models = info.batch_size
+    x, weight = _for_each(models, x, in_dims[0]), _for_each(models, weight, in_dims[1])
+    shape = [*x.shape[:-1], *weight.shape[1:-1]]
+    rows = x.reshape(models, -1, x.shape[-1]).mT  # [N, in, R]
+    weight = weight.reshape(models, -1, weight.shape[-1])  # [N, out, in]
+    if bias is None:
+        out = torch.bmm(weight, rows)
     else:
-        out = torch.matmul(weight, rows.mT)
-        out = out if bias is None else out + bias
-    return out.mT.expand(info.batch_size, -1, -1).reshape(shape), 0
+        out = torch.baddbmm(_for_each(models, bias, in_dims[2]).unsqueeze(-1), weight, rows)
+    return out.mT.reshape(shape), 0
 
 
-def _in_front(value: Tensor, dim: int | None) -> Tensor:
-    """Return a value with the models as its first dimension; of length 1, if all have the same."""
-    return value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
+def _for_each(models: int, value: Tensor, dim: int | None) -> Tensor:
+    """Return a value with N models as its first dimension."""
+    return value.expand(models, *value.shape) if dim is None else value.movedim(dim, 0)
 
 
 @torch.library.register_vmap("autolr_fast::stacked_batch_norm")  # type: ignore[untyped-decorator]
@@ -96,14 +77,13 @@ def _batched_batch_norm(info: Any, in_dims: Sequence[int | None], x: Tensor, *re
     models = info.batch_size
     # Dimension 1 is where a grouped convolution leaves the models.
     x = x.unsqueeze(1).expand(-1, models, *x.shape[1:]) if in_dims[0] is None else x.movedim(in_dims[0], 1)
-    flat = [_flat(value, dim, models) for value, dim in zip(rest[:4], in_dims[1:5], strict=True)]
-    out: Tensor = batch_norm(x.flatten(1, 2), *flat, *rest[4:])
+    # In the same memory, if what the models have of their own lies side by side.
+    flat = [
+        _for_each(models, value, dim).reshape(-1) if isinstance(value, Tensor) else value
+        for value, dim in zip(rest, in_dims[1:], strict=True)
+    ]
+    out: Tensor = batch_norm(x.flatten(1, 2), *flat)
     return out.view(x.shape), 1
-
-
-def _flat(value: Tensor | None, dim: int | None, models: int) -> Tensor | None:
-    """Return values ``[C]`` of each of N models as ``[N * C]``; in the same memory, if they lie side by side."""
-    return None if value is None else _in_front(value, dim).expand(models, -1).reshape(-1)
 
 
 @torch.library.register_vmap("autolr_fast::stacked_dropout_mask")  # type: ignore[untyped-decorator]
@@ -112,7 +92,7 @@ def _batched_dropout_mask(
 ) -> tuple[Tensor, int | None]:
     """One for all models, drawn as a model alone draws it: on a GPU, torch's rule for dropout draws another."""
     _check_randomness(info)
-    like = _in_front(like, in_dims[0])
+    like = _for_each(info.batch_size, like, in_dims[0])
     if info.randomness == "different":
         return dropout_mask(like, p), 0
     like = like[0]
@@ -133,18 +113,20 @@ def _batched_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
     *rest: Any,
+    **options: Any,
 ) -> tuple[Tensor, int]:
     """One batch, N times as large: on a GPU, torch's rule gives its kernels shapes that they do not take.
 
     With dropout one model after another, each with the same random numbers: the kernels draw by position.
     """
     models = info.batch_size
-    fronts = [_in_front(x, dim) for x, dim in zip((query, key, value), in_dims[:3], strict=True)]
-    inputs = [x.expand(models, *x.shape[1:]) for x in fronts]  # [N, B, *, T, E], or [N, T, E]
-    mask = None if attn_mask is None else _in_front(attn_mask, in_dims[3])  # [N or 1, *]
+    # [N, B, *, T, E], or [N, T, E]
+    inputs = [_for_each(models, x, dim) for x, dim in zip((query, key, value), in_dims[:3], strict=True)]
+    if mask is not None:
+        mask = _for_each(1, mask, in_dims[3])  # [N or 1, *]
     if dropout_p:
         _check_randomness(info)
         masks = [None] * models if mask is None else mask.expand(models, *mask.shape[1:]).unbind(0)
@@ -153,18 +135,18 @@ def _batched_attention(
         for index, each in enumerate(zip(*inputs, masks, strict=True)):
             again = info.randomness == "same" and index < models - 1
             with torch.random.fork_rng(devices, enabled=again):
-                outs.append(attention(*each, dropout_p, *rest))
+                outs.append(attention(*each, dropout_p, *rest, **options))
         return torch.stack(outs), 0
     if mask is not None:
         missing = inputs[0].dim() - mask.dim()
         mask = mask.reshape(len(mask), *[1] * missing, *mask.shape[1:])  # [N or 1, B or 1, *, T, S]
     if inputs[0].dim() == 3:
-        return attention(*inputs, mask, dropout_p, *rest), 0
+        return attention(*inputs, mask, dropout_p, *rest, **options), 0
     if mask is not None:
         batch = inputs[0].shape[1]
         same = mask.shape[:2] == (1, 1)
         mask = mask[0] if same else mask.expand(models, batch, *mask.shape[2:]).flatten(0, 1)
-    out: Tensor = attention(*(x.flatten(0, 1) for x in inputs), mask, dropout_p, *rest)
+    out: Tensor = attention(*(x.flatten(0, 1) for x in inputs), mask, dropout_p, *rest, **options)
     return out.view(models, -1, *out.shape[1:]), 0
 
 
@@ -186,22 +168,9 @@ class FusedLayers(TorchFunctionMode):
         return (rule or func)(*args, **(kwargs or {}))
 
 
-def _call_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    rule = linear if torch.is_grad_enabled() else F.linear  # without gradients it gains nothing
-    return rule(input, weight, bias)
-
-
-def _call_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+def _call_linear(*args: Any, **kwargs: Any) -> Any:
+    rule = linear if torch.is_grad_enabled() else F.linear  # without gradients it is slower
+    return rule(*args, **kwargs)
 
 
 def _call_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
@@ -212,32 +181,25 @@ def _call_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace:
 
 
 def _call_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any
 ) -> Any:
     broadcasts = not query.dim() == key.dim() == value.dim() or (
         query.dim() > 2 and not len(query) == len(key) == len(value)
     )
     is_plain = attn_mask is None or (type(attn_mask) is Tensor and attn_mask.dim() <= query.dim())
+    inputs: list[Any] = [query, key, value, attn_mask]
     if torch.is_grad_enabled() or broadcasts or not is_plain:
-        return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    inputs: list[Tensor | None] = [query, key, value, attn_mask]
+        return F.scaled_dot_product_attention(*inputs, *rest, **options)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         wide = (torch.bool, torch.float64)
         inputs = [x if x is None or x.dtype in wide else x.to(dtype) for x in inputs]
-    return attention(*inputs, dropout_p, is_causal, scale, enable_gqa)
+    return attention(*inputs, *rest, **options)
 
 
 _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _call_linear,
-    F.batch_norm: _call_batch_norm,
+    F.batch_norm: batch_norm,
     F.dropout: _call_dropout,
     F.scaled_dot_product_attention: _call_attention,
 }

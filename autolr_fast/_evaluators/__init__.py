@@ -1,10 +1,10 @@
-"""N losses from the closure, one for each candidate on a line. Knows no learning rates."""
+"""N losses from the closure, one for each candidate on a line. Knows no learning rates and no rule."""
 
 from .auto import Auto
 from .base import Evaluator, EvaluatorError
-from .folded import Folded
 from .graphed import Graphed
 from .inplace import InPlace
+from .prober import Look, Prober
 from .stacked import Stacked
 from .streamed import Streamed
 
@@ -13,22 +13,16 @@ __all__ = [
     "Auto",
     "Evaluator",
     "EvaluatorError",
-    "Folded",
     "Graphed",
     "InPlace",
+    "Look",
+    "Prober",
     "Stacked",
     "Streamed",
     "resolve_evaluator",
 ]
 
-EVALUATORS: dict[str, type[Evaluator]] = {
-    "auto": Auto,
-    "folded": Folded,
-    "graphed": Graphed,
-    "inplace": InPlace,
-    "stacked": Stacked,
-    "streamed": Streamed,
-}
+EVALUATORS: dict[str, type[Evaluator]] = {kind.name: kind for kind in (Auto, Graphed, InPlace, Stacked, Streamed)}
 
 
 def resolve_evaluator(evaluator: str | Evaluator) -> Evaluator:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..candidates import Line
-from ..isolation import Closure
+from .._isolation import Closure
+from .._steps import Line
 
 __all__ = ["Evaluator", "EvaluatorError"]
 
@@ -36,12 +36,12 @@ class Evaluator(ABC):
 
     Parameters, gradients, buffers and random-number streams are bit for bit what they were when :meth:`losses`
     returns or raises.
+
+    Attributes:
+        name: of the evaluator that runs, as ``AutoLR(evaluator=...)`` takes it.
     """
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """The evaluator that runs, by the name ``AutoLR(evaluator=...)`` takes."""
+    name: str
 
     def __repr__(self) -> str:
         return repr(self.name)
@@ -66,6 +66,14 @@ class Evaluator(ABC):
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs to evaluate with the same bits: plain values, none by default."""
         return {}
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError if :meth:`load` cannot take a state; nothing is changed."""
+        if set(state) != set(self.state()):
+            raise ValueError(
+                f"state_dict is of an evaluator with the state {state}, and {self.name!r} has {self.state()}: give "
+                "AutoLR the same evaluator"
+            )
 
     def load(self, state: dict[str, Any]) -> None:  # noqa: B027, an evaluator without state is complete
         """Take over what :meth:`state` returned."""

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..candidates import Line
-from ..distributed import is_distributed
-from ..isolation import Closure, ClosureError, Isolation, scalar_loss
-from ..ops import Writer
+from .._isolation import Closure, ClosureError, Isolation, scalar_loss
+from .._machine.ranks import is_distributed
+from .._ops import Writer
+from .._steps import Line
 from .base import Evaluator, EvaluatorError
 from .inplace import rewritten
 from .nearby import Nearby
@@ -35,14 +35,11 @@ class Graphed(Evaluator):
     is not something to try on somebody's training.
     """
 
+    name = "graphed"
+
     def __init__(self) -> None:
         self._checked: weakref.ref[nn.Module] | None = None
         self._recorder: Recorder | None = None
-
-    @property
-    def name(self) -> str:
-        """``"graphed"``."""
-        return "graphed"
 
     @torch.no_grad()
     def losses(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
@@ -61,7 +58,7 @@ class Graphed(Evaluator):
             run_eagerly(),
             self._recorder as recorder,
         ):
-            write_nearby = Nearby(line).writer(now.values, rows)
+            write_nearby = Nearby(line.parameters).writer(now.values, rows)
             is_new = self._checked is None or self._checked() is not model
             if is_new:
                 write_nearby([1.0])

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..candidates import Line
-from ..copies import Copies
-from ..distributed import local
-from ..isolation import Closure, Isolation
+from .._isolation import Closure, Isolation
+from .._machine.ranks import local
+from .._ops.copies import Copies
+from .._steps import Line
 from .base import Evaluator
 
 __all__ = ["InPlace", "rewritten"]
@@ -24,10 +24,7 @@ class InPlace(Evaluator):
     know. Extra memory: one copy of the parameters. Time: N forwards.
     """
 
-    @property
-    def name(self) -> str:
-        """``"inplace"``."""
-        return "inplace"
+    name = "inplace"
 
     @torch.no_grad()
     def losses(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:

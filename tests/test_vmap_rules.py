@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from autolr_fast.layers import FusedLayers, attention, batch_norm, dropout_mask, linear
+from autolr_fast._evaluators.vmap_rules import FusedLayers, attention, batch_norm, dropout_mask, linear
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -217,7 +217,7 @@ def test_outside_of_vmap_it_is_the_layer():
         (batch_norm, (torch.randn(6, 4), torch.zeros(4), torch.ones(4), None, None, True, 0.1, 1e-5)),
         (linear, (torch.randn(6, 4), torch.randn(3, 4), None)),
         (dropout_mask, (torch.randn(6, 4), 0.5)),
-        (attention, (*torch.randn(3, 2, 6, 4), None, 0.0, True, None, False)),
+        (attention, (*torch.randn(3, 2, 6, 4), None, 0.0, True)),
     ):
         checked = torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
         assert set(checked.values()) == {"SUCCESS"}

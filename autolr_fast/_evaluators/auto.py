@@ -1,0 +1,148 @@
+"""The choice between evaluators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._isolation import Closure
+from .._machine.memory import are_small
+from .._machine.ranks import is_distributed
+from .._machine.timing import seconds
+from .._machine.warning import warn
+from .._steps import Line
+from .base import Evaluator
+from .inplace import InPlace
+from .stacked import Stacked
+from .streamed import Streamed
+from .substitution import is_compiled
+
+__all__ = ["Auto"]
+
+
+class Auto(Evaluator):
+    """The evaluator that suits the model; measured at the first call if there are many candidates.
+
+    Up to three candidates gain nothing by batching that would make up for a trial. They are evaluated by
+    :class:`InPlace` if a copy of the parameters costs little, or the model is compiled, else by :class:`Streamed`.
+
+    More candidates are evaluated by each of :class:`Streamed`, :class:`InPlace` and :class:`Stacked` at the first
+    call, in the order of the memory they need; a later one must be 5 % faster. Batching is not tried if the
+    candidates take longer than a second one after another.
+
+    Nothing is measured under :func:`torch.use_deterministic_algorithms`, since a batched forward rounds
+    differently: it is :class:`Streamed` there. Where that cannot serve, and on several ranks, which must all do the
+    same whatever their batches, it is :class:`InPlace`.
+    """
+
+    name = "auto"
+
+    _FASTER = 0.95
+    _TOO_LONG = 1.0  # seconds
+    _FEW = 3  # candidates
+
+    def __init__(self) -> None:
+        self._take(None)
+
+    def __repr__(self) -> str:
+        return f"{self.name!r}{self._why and f' (auto: {self._why})'}"
+
+    def losses(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
+        """Return the losses, [N]; see :meth:`Evaluator.losses`."""
+        if self._chosen is None:
+            return self._choose(model, line, factors, closure)
+        try:
+            return self._chosen.losses(model, line, factors, closure)
+        except RuntimeError as error:  # another kind is the closure's own
+            if isinstance(self._chosen, InPlace):
+                raise
+            cause = f"evaluator {self.name!r} failed: {_text(error)}"
+        return self._fall_back(model, line, factors, closure, cause)
+
+    def state(self) -> dict[str, Any]:
+        """Return the choice and its state: a resumed run must not choose anew."""
+        return {"name": self.name, "why": self._why, "state": self._chosen.state() if self._chosen else {}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over the choice."""
+        kind = {kind.name: kind for kind in (Streamed, InPlace, Stacked)}.get(state["name"])
+        self._take(kind() if kind else None, state["why"])
+        if self._chosen:
+            self._chosen.load(state["state"])
+
+    def _take(self, evaluator: Evaluator | None, why: str = "") -> None:
+        self._chosen = evaluator
+        self._why = why
+        self.name = evaluator.name if evaluator else "auto"
+
+    def _choose(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
+        if is_distributed():
+            self._take(InPlace(), "not measured on several ranks")
+        elif len(factors) <= self._FEW and (are_small(line.parameters) or is_compiled(model)):
+            self._take(InPlace(), "not measured for so few candidates")
+        if self._chosen:
+            return self._chosen.losses(model, line, factors, closure)
+        streamed = Streamed()
+        try:
+            losses = streamed.losses(model, line, factors, closure)
+        except Exception as error:
+            cause = _text(error)
+        else:
+            if len(factors) <= self._FEW:
+                self._take(streamed, "not measured for so few candidates")
+            elif torch.are_deterministic_algorithms_enabled():
+                self._take(streamed, "not measured under deterministic algorithms")
+            else:
+                self._measure(streamed, model, line, factors, closure)
+            return losses
+        return self._fall_back(model, line, factors, closure, cause)
+
+    def _measure(
+        self, streamed: Streamed, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure
+    ) -> None:
+        """Choose the fastest; ``streamed`` serves, and is warm."""
+        fastest: Evaluator = streamed
+        least = seconds(partial(streamed.losses, model, line, factors, closure))
+        measured = [f"streamed {1e3 * least:.3g} ms"]
+        refused = ""
+        for evaluator in (InPlace(), Stacked()):
+            batches = isinstance(evaluator, Stacked)
+            if batches and least > self._TOO_LONG:
+                continue
+            try:
+                evaluator.losses(model, line, factors, closure)  # checks the model, and warms up
+                taken = seconds(partial(evaluator.losses, model, line, factors, closure))
+            except Exception as error:
+                refused = _text(error) if batches else ""
+                continue
+            measured.append(f"{evaluator.name} {1e3 * taken:.3g} ms")
+            if taken < self._FASTER * least:
+                fastest, least = evaluator, taken
+        self._take(fastest, ", ".join(measured))
+        if refused:
+            self._warn(f"batching them failed: {refused}", "streamed")
+
+    def _fall_back(
+        self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure, cause: str
+    ) -> Tensor:
+        in_place = InPlace()
+        losses = in_place.losses(model, line, factors, closure)  # a closure at fault raises again, here
+        if len(factors) > self._FEW:  # fewer would run one after another anyway
+            self._warn(cause, "inplace")
+        self._take(in_place, cause)
+        return losses
+
+    def _warn(self, cause: str, instead: str) -> None:
+        warn(
+            f"AutoLR evaluates the candidates one after another, since {cause}. Pass evaluator={instead!r} to "
+            "choose that and silence this."
+        )
+
+
+def _text(error: Exception) -> str:
+    # The exception holds the frames of the failed forward, and with them its memory.
+    return str(getattr(error, "reason", f"{type(error).__name__}: {error}"))
