@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .tree import Branch, Epoch
+    from ._tree import Branch, Epoch
 
 __all__ = ["Curve", "plot_runs", "plot_tree"]
 
@@ -53,8 +53,6 @@ def plot_runs(curves: Sequence[Curve], *, title: str, loss: str = "validation lo
         >>> [axes.get_ylabel() for axes in plot_runs([curve], title="two steps").axes]
         ['learning rate', 'validation loss']
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415, an optional dependency
-
     if not curves:
         raise ValueError("curves=[] is empty: give at least one Curve")
     for curve in curves:
@@ -63,8 +61,7 @@ def plot_runs(curves: Sequence[Curve], *, title: str, loss: str = "validation lo
                 f"curve {curve.label!r} has {len(curve.steps)} steps, {len(curve.lrs)} lrs and "
                 f"{len(curve.losses)} losses: give one of each for every step"
             )
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = _two_panels(title, footer, xlabel="optimizer step")
     labels = list(dict.fromkeys(curve.label for curve in curves))
     highest_loss = 3 * max(curve.losses[0] for curve in curves)
     lowest_loss = 0.7 * min(value for curve in curves for value in curve.losses if value > 0)
@@ -72,7 +69,7 @@ def plot_runs(curves: Sequence[Curve], *, title: str, loss: str = "validation lo
     for curve in curves:
         index = labels.index(curve.label)
         if index == len(labels) - 1:
-            style = {"color": _HIGHLIGHT, "linewidth": 2.0, "zorder": 3.0}
+            style = _branch_style(is_best=True, survives=True)
         else:
             style = {"color": _COLORS[index % len(_COLORS)], "linewidth": 1.0, "alpha": 0.8}
         left.plot(curve.steps, curve.lrs, label=curve.label, **style)
@@ -80,16 +77,12 @@ def plot_runs(curves: Sequence[Curve], *, title: str, loss: str = "validation lo
         finite = [value if isfinite(value) else 1e6 * highest_loss for value in curve.losses]
         right.plot(curve.steps, finite, **style)
     for axes in (left, right):
-        axes.set(xlabel="optimizer step", yscale="log")
+        axes.set(yscale="log")
         axes.margins(x=0.01)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     left.set(ylabel="learning rate", ylim=(lowest_lr, None))
     right.set(ylabel=loss, ylim=(lowest_loss, highest_loss))
     handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
     figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False)
-    figure.suptitle(title)
-    figure.supxlabel(footer, fontsize=7, color="0.4")
     return figure
 
 
@@ -111,17 +104,14 @@ def plot_tree(history: Sequence[Epoch], *, title: str, footer: str = "") -> Figu
         ValueError: if there are no epochs.
 
     Example:
-        >>> from autolr_fast.tree import Branch, Epoch
+        >>> from autolr_fast._tree import Branch, Epoch
         >>> epoch = Epoch(1, (Branch(0, 0.2, 0.5), Branch(0, 0.05, 0.9)), survivors=(0,))
         >>> [axes.get_ylabel() for axes in plot_tree([epoch], title="one epoch").axes]
         ['learning rate', 'training loss']
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415, an optional dependency
-
     if not history:
         raise ValueError("history=[] is empty: train an epoch first")
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = _two_panels(title, footer, xlabel="epoch")
     best = _line_to_the_best(history)
     beams: list[Branch] = []  # of the first epoch nothing is known
     for epoch, on_best in zip(history, best, strict=True):
@@ -136,19 +126,29 @@ def plot_tree(history: Sequence[Epoch], *, title: str, footer: str = "") -> Figu
                 left.plot(epoch.number, branch.lr, marker="x", color=_HIGHLIGHT, zorder=4.0)
         beams = [epoch.branches[index] for index in epoch.survivors]
     for axes in (left, right):
-        axes.set(xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     left.set(ylabel="learning rate", yscale="log")
     positive = all(branch.loss > 0 for epoch in history for branch in epoch.branches if isfinite(branch.loss))
     right.set(ylabel="training loss", yscale="log" if positive else "linear")
     for label, is_best, survives in (("best", True, True), ("went on", False, True), ("pruned", False, False)):
         left.plot([], [], label=label, **_branch_style(is_best, survives))
     figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def _two_panels(title: str, footer: str, xlabel: str) -> tuple[Figure, Any, Any]:
+    """Return an empty figure, and its panels."""
+    from matplotlib.figure import Figure  # noqa: PLC0415, an optional dependency
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes in (left, right):
+        axes.set(xlabel=xlabel)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.supxlabel(footer, fontsize=7, color="0.4")
-    return figure
+    return figure, left, right
 
 
 def _line_to_the_best(history: Sequence[Epoch]) -> list[int]:

@@ -52,7 +52,13 @@ def test_step(benchmark: Any, problem: Problem, method: str, size: tuple[int, in
     # As many first beams as there will be.
     lrs = [_LR * (1 + beam) for beam in range(beams)]
     tree = ALRTree(
-        problem.model, problem.loss_fn, lrs, beams=beams, factors=FACTORS[factors], momentum=0.9, method=method
+        problem.model,
+        problem.loss_fn,
+        lrs,
+        beams=beams,
+        factors=FACTORS[factors],
+        optimizer_options={"momentum": 0.9},
+        method=method,
     )
     tree.step(*problem.batch)  # the first checks the model, allocates, and chooses
     floors: list[float] = []

@@ -42,7 +42,8 @@ def main(argv=None):
     # A generator of their own: on every rank the batches come in the same order.
     order = torch.Generator().manual_seed(0)
     loader = DataLoader(TensorDataset(x, y), args.batch_size, shuffle=True, generator=order)
-    tree = ALRTree(model, F.cross_entropy, args.lr, beams=args.beams, momentum=0.9, generator=order)
+    momentum = {"momentum": 0.9}
+    tree = ALRTree(model, F.cross_entropy, args.lr, beams=args.beams, optimizer_options=momentum, generator=order)
     if args.checkpoint and args.checkpoint.exists():
         tree.load_state_dict(torch.load(args.checkpoint, weights_only=True))
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from autolr_fast import __version__, demo
+from autolr_fast import __version__
 from autolr_fast.__main__ import main
+from autolr_fast.demo import schedules as demo
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

@@ -3,9 +3,8 @@ import re
 import pytest
 import torch
 
+from benchmarks.tests.test_paper_train import write_shard
 from examples import alr_tree
-
-from .test_paper_train import write_shard
 
 pytest.importorskip("sklearn")
 

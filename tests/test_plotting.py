@@ -2,8 +2,8 @@ import math
 
 import pytest
 
+from autolr_fast._tree import Branch, Epoch
 from autolr_fast.plotting import Curve, plot_runs, plot_tree
-from autolr_fast.tree import Branch, Epoch
 
 pytest.importorskip("matplotlib")
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from autolr_fast import FACTORS_3, FACTORS_5, ALRTree, reference
-from autolr_fast.tree.optimizers import StackedAdam, StackedSGD
-from autolr_fast.tree.records import prune
+from autolr_fast._tree.epoch import prune
+from autolr_fast._tree.optimizers import StackedAdam, StackedAdamW, StackedSGD
 
 from .helpers import (
     ON_GPU,
@@ -79,14 +79,24 @@ MODELS = {
     "spectral-norm": (spectral, "vectors", False),
     "cumulative-batchnorm": (momentum_statistics, "vectors", False),
 }
+MOMENTUM = {"momentum": 0.9}
 OPTIMIZERS = {
     "sgd": ({}, torch.optim.SGD),
-    "decay": ({"weight_decay": 0.1}, partial(torch.optim.SGD, weight_decay=0.1)),
-    "momentum": ({"momentum": 0.9, "dampening": 0.1}, partial(torch.optim.SGD, momentum=0.9, dampening=0.1)),
-    "nesterov": ({"momentum": 0.9, "nesterov": True}, partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
-    "adam": ({"optimizer": "adam", "weight_decay": 0.1}, partial(torch.optim.Adam, weight_decay=0.1)),
+    "decay": ({"optimizer_options": {"weight_decay": 0.1}}, partial(torch.optim.SGD, weight_decay=0.1)),
+    "momentum": (
+        {"optimizer_options": {"momentum": 0.9, "dampening": 0.1}},
+        partial(torch.optim.SGD, momentum=0.9, dampening=0.1),
+    ),
+    "nesterov": (
+        {"optimizer_options": {"momentum": 0.9, "nesterov": True}},
+        partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    ),
+    "adam": (
+        {"optimizer": "adam", "optimizer_options": {"weight_decay": 0.1}},
+        partial(torch.optim.Adam, weight_decay=0.1),
+    ),
     "adamw": (
-        {"optimizer": "adamw", "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6},
+        {"optimizer": "adamw", "optimizer_options": {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}},
         partial(torch.optim.AdamW, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6),
     ),
 }
@@ -234,7 +244,7 @@ def test_a_branch_that_diverges_is_dropped_and_harms_no_other():
 def test_all_branches_diverge():
     model, batches = problem("mlp")
     loss_fn = lambda y, target: F.mse_loss(y, F.one_hot(target, 3).float())  # noqa: E731
-    tree = ALRTree(model, loss_fn, 0.1, momentum=0.9)
+    tree = ALRTree(model, loss_fn, 0.1, optimizer_options=MOMENTUM)
     tree.fit(batches, 2)
     good, rates = copy.deepcopy(model.state_dict()), tree.learning_rates
     with pytest.raises(RuntimeError, match=r"no branch of epoch 3 has a finite loss, at learning rates .* epoch 2"):
@@ -333,10 +343,10 @@ def test_goes_on_with_an_epoch_that_was_interrupted():
 def test_auto_warns_once_of_a_model_that_cannot_be_batched():
     model, batches = problem("keeps-weights")
     tree = ALRTree(model, F.cross_entropy, 0.05)
-    with pytest.warns(UserWarning, match="one after another, since batched, the loss of a test model"):
-        tree.fit_epoch(batches)
+    with pytest.warns(UserWarning, match="one after another, since batched, the loss of a test model") as caught:
+        tree.fit(batches, 2)
+    assert [warning.filename for warning in caught] == [__file__]
     assert "method='sequential' (auto: batched, the loss" in repr(tree)
-    tree.fit_epoch(batches)
 
 
 @pytest.mark.parametrize("faster", ["batched", "sequential"])
@@ -345,7 +355,7 @@ def test_auto_takes_what_it_measured_to_be_faster(faster, monkeypatch):
     model, batches = problem("mlp")
     # alone and batched, 3 models and 6
     clock = iter([1.0, 2.9, 1.0, 6.1] if faster == "batched" else [1.0, 3.1, 1.0, 5.9])
-    monkeypatch.setattr("autolr_fast.tree.trainer.seconds", lambda run: next(clock))
+    monkeypatch.setattr("autolr_fast._tree.trainer.seconds", lambda run: next(clock))
     tree = ALRTree(model, F.cross_entropy, 0.05)
     tree.fit_epoch(batches)
     assert tree.method == faster
@@ -394,7 +404,7 @@ def test_autocast_around_the_search(method):
 
 def test_memory_runs_out(monkeypatch):
     """Half as many models at once, and again, and the same result."""
-    from autolr_fast.tree import passes  # noqa: PLC0415
+    from autolr_fast._tree import passes  # noqa: PLC0415
 
     model, batches = problem("dropout")
     torch.manual_seed(2)
@@ -402,7 +412,7 @@ def test_memory_runs_out(monkeypatch):
     plain, sizes = passes.BatchedPass.__call__, []
 
     def limited(self, rows, x, y):
-        sizes.append(len(rows.parameters[0]))
+        sizes.append(len(next(iter(rows.parameters.values()))))
         result = plain(self, rows, x, y)
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("none left")
@@ -413,7 +423,7 @@ def test_memory_runs_out(monkeypatch):
     tree = ALRTree(model, F.cross_entropy, 0.05, method="batched")
     tree.fit(batches, 2)
     assert max(sizes) == 3
-    assert tree.state_dict()["trainer"]["chunk"] == 2
+    assert tree.state_dict()["trainer"]["chunk_models"] == 2
     assert_equals_reference(tree, model, expected)
 
 
@@ -472,11 +482,10 @@ def test_stacked_sgd_equals_torch(settings, dtype):
             torch.testing.assert_close(p[k], expected.detach(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("decoupled", [True, False])
-def test_stacked_adam_equals_torch(decoupled):
-    rates, rule = [0.1, 0.2], StackedAdam(weight_decay=0.1, decoupled=decoupled)
+@pytest.mark.parametrize(("stacked", "kind"), [(StackedAdam, torch.optim.Adam), (StackedAdamW, torch.optim.AdamW)])
+def test_stacked_adam_equals_torch(stacked, kind):
+    rates, rule = [0.1, 0.2], stacked(weight_decay=0.1)
     params = [torch.randn(2, 3, 4, dtype=torch.float64)]
-    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     models = [nn.Parameter(params[0][k].clone()) for k in range(2)]
     optimizers = [kind([m], lr=lr, weight_decay=0.1) for m, lr in zip(models, rates, strict=True)]
     state = [[torch.zeros_like(p) for p in params] for _ in rule.buffers]
@@ -508,17 +517,10 @@ def test_stacked_adam_equals_torch(decoupled):
             "'0' is torch.complex64",
         ),
         ({"generator": 3}, TypeError, "generator=3: expected the torch.Generator"),
-        ({"optimizer": "adam", "betas": 0.9}, ValueError, "betas=0.9: give two numbers"),
-        ({"weight_decay": None}, ValueError, "weight_decay=None: give a number"),
-        ({"beams": 0}, ValueError, "beams=0: expected a whole number, 1 or more"),
-        ({"beams": 1.5}, ValueError, "beams=1.5"),
+        ({"beams": 0}, ValueError, "beams=0: expected 1 or more models"),
+        ({"beams": 1.5}, TypeError, "beams=1.5: expected a whole number of models, 1 or more"),
         ({"factors": (2.0, 1.0)}, ValueError, "one way only"),
         ({"optimizer": "lamb"}, ValueError, "optimizer='lamb' is not known: use one of 'sgd', 'adam', 'adamw'"),
-        ({"optimizer": "adamw", "momentum": 0.9}, ValueError, "momentum=0.9 is an argument of SGD"),
-        ({"momentum": -1}, ValueError, "momentum=-1: give a number, 0 or more"),
-        ({"weight_decay": -1}, ValueError, "weight_decay=-1"),
-        ({"nesterov": True}, ValueError, "nesterov=True needs a momentum"),
-        ({"optimizer": "adam", "betas": (0.9, 1.0)}, ValueError, r"betas=\(0.9, 1.0\)"),
         ({"method": "fast"}, ValueError, "method='fast' is not known: use one of 'auto', 'batched', 'sequential'"),
         ({"max_memory": 0}, ValueError, "max_memory=0: give a positive whole number of bytes"),
     ],
@@ -526,6 +528,32 @@ def test_stacked_adam_equals_torch(decoupled):
 def test_bad_arguments(arguments, error, says):
     with pytest.raises(error, match=says):
         ALRTree(**{"model": mlp(), "loss_fn": F.cross_entropy, "lr": 0.1, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "error", "says"),
+    [
+        (
+            "sgd",
+            0.9,
+            TypeError,
+            r"optimizer_options=0.9: expected a dict, such as \{'weight_decay': 0.1\}, or None",
+        ),
+        ("sgd", {"betas": (0.9, 0.9)}, ValueError, "has 'betas', which optimizer='sgd' does not know: give any of"),
+        ("adamw", {"momentum": 0.9}, ValueError, "has 'momentum', which optimizer='adamw' does not know.*'eps'"),
+        ("adam", {"lr": 0.9}, ValueError, "has 'lr', which optimizer='adam' does not know"),
+        ("sgd", {"momentum": -1}, ValueError, "momentum=-1: give a number, 0 or more"),
+        ("sgd", {"dampening": "no"}, ValueError, "dampening='no': give a number"),
+        ("sgd", {"nesterov": True}, ValueError, "nesterov=True needs a momentum"),
+        ("adam", {"weight_decay": -1}, ValueError, "weight_decay=-1"),
+        ("adam", {"weight_decay": None}, ValueError, "weight_decay=None: give a number"),
+        ("adam", {"betas": 0.9}, ValueError, "betas=0.9: give two numbers"),
+        ("adam", {"betas": (0.9, 1.0)}, ValueError, r"betas=\(0.9, 1.0\)"),
+    ],
+)
+def test_bad_optimizer_options(optimizer, options, error, says):
+    with pytest.raises(error, match=says):
+        ALRTree(mlp(), F.cross_entropy, 0.1, optimizer=optimizer, optimizer_options=options)
 
 
 @pytest.mark.parametrize(
@@ -546,7 +574,9 @@ def test_bad_batches(batches, error, says):
 def test_bad_fit():
     tree, (_, batches) = ALRTree(mlp(), F.cross_entropy, 0.1), problem("mlp")
     for epochs in (1.5, "3", -1, True):
-        with pytest.raises(ValueError, match="epochs=.* expected how many"):
+        with pytest.raises(
+            (TypeError, ValueError), match=f"epochs={epochs!r}: expected .* epochs that there shall"
+        ):
             tree.fit(batches, epochs)
     with pytest.raises(TypeError, match="callback=3"):
         tree.fit(batches, 1, callback=3)
@@ -675,6 +705,31 @@ def test_goes_on_with_a_batch_that_was_interrupted_half_way(call):
     assert_equals_reference(resumed, other, expected)
 
 
+def test_a_step_that_was_interrupted_half_way_is_taken_again():
+    """With the dropout masks that the first branches had."""
+    model, batches = problem("dropout")
+    torch.manual_seed(2)
+    expected = reference.tree_search(model, F.cross_entropy, [0.05], batches, 1)
+    calls = []
+
+    def loss_fn(y, target):
+        calls.append(1)
+        if len(calls) == 7:  # one finds the buffers, three are of each batch
+            raise OSError("no data")
+        return F.cross_entropy(y, target)
+
+    torch.manual_seed(2)
+    tree = ALRTree(model, loss_fn, 0.05, method="sequential")
+    tree.step(*batches[0])
+    with pytest.raises(OSError, match="no data"):
+        tree.step(*batches[1])
+    torch.rand(3)
+    for batch in batches[1:]:
+        tree.step(*batch)
+    tree.end_epoch()
+    assert_equals_reference(tree, model, expected)
+
+
 @pytest.mark.cpu  # whose generator shuffles
 @pytest.mark.parametrize("method", ["batched", "sequential"])
 def test_loads_in_eval_mode(method):
@@ -740,27 +795,59 @@ def test_bad_state():
     for other, says in (
         (
             ALRTree(mlp(), F.cross_entropy, 0.1, beams=1, factors=(2.0, 0.5)),
-            "3 models and this tree has room for 2",
+            r"'0.weight' of shape \[3, 16, 5\] and this tree \[2, 16, 5\]",
         ),
-        (ALRTree(transformer(), F.cross_entropy, 0.1), "state_dict and the model differ in '0.bias'"),
+        (ALRTree(transformer(), F.cross_entropy, 0.1), "state_dict and this tree differ in '0.bias'"),
         (ALRTree(nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3)), F.cross_entropy, 0.1), "of shape"),
-        (ALRTree(mlp(), F.cross_entropy, 0.1, momentum=0.9), "momentum_buffer of the shapes"),
+        (ALRTree(mlp(), F.cross_entropy, 0.1, optimizer_options=MOMENTUM), "differ in 'momentum_buffer'"),
     ):
         with pytest.raises(ValueError, match=says):
             other.load_state_dict(state)
         assert other.epoch == 0
-    with_momentum = ALRTree(mlp(), F.cross_entropy, 0.1, momentum=0.9)
+    with_momentum = ALRTree(mlp(), F.cross_entropy, 0.1, optimizer_options=MOMENTUM)
     with_momentum.fit(batches, 1)
-    with pytest.raises(ValueError, match="state_dict holds 'momentum_buffer': give ALRTree the optimizer"):
+    with pytest.raises(ValueError, match="differ in 'momentum_buffer': give ALRTree the model, optimizer"):
         tree.load_state_dict(with_momentum.state_dict())
     with_momentum.step(*batches[0])
     with pytest.raises(ValueError, match=r"factors \[2.0, 1.0, 0.5\], and this tree has \[2.0, 0.5\]"):
-        ALRTree(mlp(), F.cross_entropy, 0.1, momentum=0.9, factors=(2, 0.5)).load_state_dict(
+        ALRTree(mlp(), F.cross_entropy, 0.1, optimizer_options=MOMENTUM, factors=(2, 0.5)).load_state_dict(
             with_momentum.state_dict()
         )
     with pytest.raises(TypeError, match="state_dict=None"):
         tree.load_state_dict(None)
-    with pytest.raises(ValueError, match="should not differ in"):
-        tree.load_state_dict({"a": 1})
     del before["random"]  # of all that draw
     assert str({name: value for name, value in tree.state_dict().items() if name != "random"}) == str(before)
+
+
+@pytest.mark.parametrize("key", ["random", "trainer.method", "stack.tensors", "epoch.batches"])
+def test_a_state_of_another_version_is_named(key):
+    """At any of its keys that is missing or not known, and nothing is loaded."""
+    _, batches = problem("mlp")
+    tree, other = (ALRTree(mlp(), F.cross_entropy, 0.1) for _ in range(2))
+    tree.fit(batches, 1)
+    tree.step(*batches[0])
+    *outer, name = key.split(".")
+    for change, fault in (
+        (lambda within: within.pop(name), f"state_dict has no {key!r}"),
+        (lambda within: within.update({name + "_": 1}), f"state_dict has {key + '_'!r}, which is not known here"),
+    ):
+        state = {**tree.state_dict(), "version": 7, "saved_by": "autolr_fast 9"}
+        change(state[outer[0]] if outer else state)
+        with pytest.raises(ValueError, match=f"{fault}: it was saved by autolr_fast 9, version 7, and this is"):
+            other.load_state_dict(state)
+        assert other.epoch == 0
+    other.load_state_dict(tree.state_dict())
+    assert other.epoch == 1
+
+
+def test_a_first_batch_that_failed_begins_no_epoch():
+    """Neither by step() nor by fit_epoch(): the loader's first batch is still the first."""
+    model, batches = problem("mlp")
+    expected = reference.tree_search(model, F.cross_entropy, [0.05], batches, 1)
+    tree = ALRTree(model, F.cross_entropy, 0.05)
+    with pytest.raises(RuntimeError):
+        tree.step(torch.ones(8, 4), batches[0][1])
+    with pytest.raises(RuntimeError):
+        tree.fit_epoch([(torch.ones(8, 4), batches[0][1])])
+    tree.fit_epoch(batches)
+    assert_equals_reference(tree, model, expected)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from autolr_fast import ALRTree
-from autolr_fast.tree.ranks import Ranks
+from autolr_fast._tree.ranks import Ranks
 
 from .helpers import convnet
 
@@ -22,10 +22,10 @@ EPOCHS = 3
 # Uneven shares; and fewer branches than ranks, so that one rank has none in some epochs.
 CASES = {
     "sequential": {"method": "sequential", "factors": (3.0, 2.0, 1.0, 0.5, 0.3)},
-    "momentum": {"method": "sequential", "momentum": 0.9},
+    "momentum": {"method": "sequential", "optimizer_options": {"momentum": 0.9}},
     "adamw": {"method": "sequential", "optimizer": "adamw"},
-    "few": {"method": "sequential", "factors": (2.0, 0.5), "beams": 1, "momentum": 0.9},
-    "batched": {"method": "batched", "factors": (3.0, 2.0, 1.0, 0.5, 0.3), "momentum": 0.9},
+    "few": {"method": "sequential", "factors": (2.0, 0.5), "beams": 1, "optimizer_options": {"momentum": 0.9}},
+    "batched": {"method": "batched", "factors": (3.0, 2.0, 1.0, 0.5, 0.3), "optimizer_options": {"momentum": 0.9}},
 }
 
 
@@ -84,7 +84,7 @@ def refuses(rank, directory):
     tree = make_tree("momentum")
     tree.step(*make_batches()[0])
     state = tree.state_dict()
-    state["open"]["rank"] = [rank, 3]
+    state["epoch"]["rank"] = [rank, 3]
     said = []
     for wrong in (
         lambda: make_tree("momentum").load_state_dict(state),

@@ -1,4 +1,4 @@
-"""What a search is given, looked at before anything is done with it."""
+"""What a search is given by the user, looked at before anything is done with it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..distributed import is_sharded
+from .._machine.ranks import is_sharded
 
-__all__ = ["batch_size", "check_lrs", "check_model", "check_shapes", "short"]
+__all__ = ["batch_size", "check_lrs", "check_model", "short"]
 
 
 def check_model(model: object) -> None:
-    """See that a model can be trained.
-
-    Raises:
-        TypeError: if it is none.
-        ValueError: if it is spread over ranks, or has no real parameters to train.
-    """
+    """Raise a TypeError or ValueError if this is no model, or none that can be trained."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected a torch.nn.Module")
     if isinstance(model, nn.parallel.DistributedDataParallel) or is_sharded(model):
@@ -39,33 +34,13 @@ def check_model(model: object) -> None:
 
 
 def check_lrs(lr: float | Sequence[float]) -> list[float]:
-    """Return the learning rates, a list also of one.
-
-    Raises:
-        ValueError: if they are not positive numbers.
-    """
+    """Return the learning rates, a list also of one; raise a ValueError if they are not positive numbers."""
     given: Any = lr.tolist() if hasattr(lr, "tolist") else lr  # of an array or a tensor
     lrs = list(given) if isinstance(given, (tuple, list)) else [given]
     are_numbers = all(isinstance(rate, (int, float)) and not isinstance(rate, bool) for rate in lrs)
     if not (lrs and are_numbers and all(math.isfinite(rate) and rate > 0 for rate in lrs)):
         raise ValueError(f"lr={lr!r}: expected a positive number, or a list of them")
     return [float(rate) for rate in lrs]
-
-
-def check_shapes(own: dict[str, Any], given: dict[str, Any]) -> None:
-    """See that a model's state can be loaded, before any of it is.
-
-    Raises:
-        ValueError: if it is of another model.
-    """
-    for name in sorted(set(own) ^ set(given)):
-        raise ValueError(f"state_dict and the model differ in {name!r}: give ALRTree the model that it is of")
-    for name, value in own.items():
-        if isinstance(value, Tensor) and value.shape != given[name].shape:
-            raise ValueError(
-                f"state_dict has {name!r} of shape {list(given[name].shape)} and the model {list(value.shape)}: "
-                "give ALRTree the model that it is of"
-            )
 
 
 def batch_size(x: Any, y: Any) -> int:

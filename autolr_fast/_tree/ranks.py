@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed import ProcessGroup, is_distributed
+from .._machine.ranks import ProcessGroup, is_distributed
 
 __all__ = ["Ranks"]
 
@@ -29,6 +29,11 @@ class Ranks:
         # What the ranks tell each other, besides tensors of the models, is where the backend takes it.
         self._device = "cuda" if self.count > 1 and "nccl" in dist.get_backend(process_group) else "cpu"
 
+    @property
+    def position(self) -> list[int]:
+        """This rank, and how many there are."""
+        return [self.rank, self.count]
+
     def share(self, branches: int, rank: int | None = None) -> range:
         """Return the indices of the branches that a rank trains, by default this one; the first have one more."""
         rank = self.rank if rank is None else rank
@@ -36,31 +41,25 @@ class Ranks:
         start = rank * each + min(rank, more)
         return range(start, start + each + (rank < more))
 
-    def gather(self, losses: Tensor, branches: int) -> list[float]:
-        """Return the losses of all branches.
-
-        Args:
-            losses: float64, of this rank's share.
-            branches: how many there are on all ranks.
+    def gather_losses(self, losses: Tensor, branches: int) -> list[float]:
+        """Return the losses of so many branches on all ranks, given those of this rank's share.
 
         Raises:
             RuntimeError: if a rank is gone; names it.
         """
         if self.count == 1:
             return losses.tolist()
-        losses = losses.to(self._device)
-        parts = [losses.new_empty(len(self.share(branches, rank))) for rank in range(self.count)]
-        parts[self.rank] = losses
         # Not a collective: if that fails, nobody can tell by whom. One more number, as a share may be empty.
-        message = torch.cat([losses.new_zeros(1), losses])
-        answers = [torch.cat([part.new_empty(1), part]) for part in parts]
+        sizes = [1 + len(self.share(branches, rank)) for rank in range(self.count)]
+        messages = [torch.zeros(size, dtype=losses.dtype, device=self._device) for size in sizes]
+        messages[self.rank][1:] = losses
         gone: dict[int, str] = {}
         works = []
         for rank in range(self.count):
             if rank != self.rank:
                 try:
-                    works.append((rank, dist.isend(message, group=self._group, group_dst=rank)))
-                    works.append((rank, dist.irecv(answers[rank], group=self._group, group_src=rank)))
+                    works.append((rank, dist.isend(messages[self.rank], group=self._group, group_dst=rank)))
+                    works.append((rank, dist.irecv(messages[rank], group=self._group, group_src=rank)))
                 except RuntimeError as error:
                     gone.setdefault(rank, str(error))
         for rank, work in works:
@@ -75,17 +74,10 @@ class Ranks:
                 f"rank {ranks} did not end the epoch (rank {self.rank} saw: {next(iter(gone.values()))}). Load the "
                 "state that was saved after an epoch, on any number of ranks, to go on from there"
             )
-        answers[self.rank] = message
-        return torch.cat([answer[1:] for answer in answers]).tolist()
+        return torch.cat([message[1:] for message in messages]).tolist()
 
-    def spread(self, tensors: Sequence[Tensor], survivors: Sequence[int], branches: int) -> None:
-        """Let the first rows of stacked tensors be the survivors', on every rank.
-
-        Args:
-            tensors: ``[capacity, *shape]``, whose first rows are this rank's share of the branches.
-            survivors: their indices, best first.
-            branches: how many there are on all ranks.
-        """
+    def broadcast_survivors(self, tensors: Sequence[Tensor], survivors: Sequence[int], branches: int) -> None:
+        """Let the first rows of stacked tensors, which are this rank's share of the branches, be the survivors'."""
         owners = {index: rank for rank in range(self.count) for index in self.share(branches, rank)}
         first = self.share(branches).start
         for tensor in tensors:
@@ -97,7 +89,7 @@ class Ranks:
                     dist.broadcast(row, group=self._group, group_src=owners[index])
             tensor[: len(survivors)] = kept
 
-    def first(self, tensor: Tensor) -> Tensor:
+    def values_of_first(self, tensor: Tensor) -> Tensor:
         """Return the first rank's values of a tensor on the host that every rank has."""
         if self.count == 1:
             return tensor

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..distributed import ProcessGroup
-from ..scoring import FACTORS_3, check_factors
-from .checks import batch_size, check_lrs, check_model, check_shapes, short
-from .open_epoch import OpenEpoch, random_state, set_random_state
+from .._arguments import check_count
+from .._machine.ranks import ProcessGroup
+from .._state import HEADER
+from ..rule import FACTORS_3, check_factors
+from .arguments import batch_size, check_lrs, check_model, short
+from .checkpoint import check_state
+from .epoch import Branch, Epoch, EpochInProgress, prune
 from .optimizers import make_optimizer
 from .passes import LossFunction, changing_buffers
+from .random_numbers import RandomNumbers
 from .ranks import Ranks
-from .records import Branch, Epoch, prune
 from .stack import Stack
 from .trainer import Trainer
 
@@ -31,8 +33,7 @@ class ALRTree:
     An epoch:
 
     1. Each of the M beams, a model with its learning rate, becomes N branches: the same model, and the learning
-       rate times each factor. (At first there is one beam for each given learning rate, all with the model's
-       parameters, so the factors apply to the first epoch too.)
+       rate times each factor. (At first every given learning rate is a beam, with the model's parameters.)
     2. Every branch trains on all batches, the same ones in the same order, with the same dropout masks (of torch's
        random numbers; what a forward draws elsewhere is its own).
     3. The branches are sorted by the mean of their training losses, as they were before each step; batches weigh by
@@ -53,15 +54,14 @@ class ALRTree:
         lr: learning rate to start from, or several.
         beams: M.
         factors: N multiples of a beam's learning rate, some above 1 and some below, such as ``FACTORS_5``.
-        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``; the arguments down to ``eps`` are torch's.
-        momentum: of ``"sgd"``.
-        dampening: of ``"sgd"``.
-        nesterov: of ``"sgd"``.
-        betas: of ``"adam"`` and ``"adamw"``.
-        eps: of ``"adam"`` and ``"adamw"``.
-        weight_decay: of any.
-        method: ``"batched"``, ``"sequential"``, or ``"auto"``, the faster of them; see :class:`Trainer`.
-        max_memory: bytes for the gradients of one pass; by default a quarter of what is free.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+        optimizer_options: those of torch, by name: ``weight_decay``, 0 if it is not given; of ``"sgd"`` also
+            ``momentum``, ``dampening`` and ``nesterov``, of the others ``betas`` and ``eps``.
+        method: ``"batched"``: as many branches in one pass as memory allows. ``"sequential"``: one after another.
+            ``"auto"``: the faster one, measured at the first batch and whenever the number of branches changes
+            (batched without measuring under :func:`torch.use_deterministic_algorithms`), or sequential with a
+            warning if the model cannot be batched.
+        max_memory: bytes for the gradients of one pass; by default a quarter of what is free at the first batch.
         generator: the one that shuffles the batches, if it is not torch's default. Its state is saved, and without
             it an epoch that was interrupted goes on with other batches.
         process_group: the ranks that share the branches; ``None`` is the default group.
@@ -93,12 +93,7 @@ class ALRTree:
         beams: int = 2,
         factors: Sequence[float] = FACTORS_3,
         optimizer: str = "sgd",
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        nesterov: bool = False,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        optimizer_options: Mapping[str, Any] | None = None,
         method: str = "auto",
         max_memory: int | None = None,
         generator: torch.Generator | None = None,
@@ -107,25 +102,23 @@ class ALRTree:
         check_model(model)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r}: expected a callable, such as torch.nn.functional.cross_entropy")
-        if not isinstance(beams, int) or isinstance(beams, bool) or beams < 1:
-            raise ValueError(f"beams={beams!r}: expected a whole number, 1 or more")
+        check_count("beams", beams, 1, "models")
+        self.model = model
+        self.history: list[Epoch] = []
+        self._loss_fn = loss_fn
+        self._ranks = Ranks(process_group)
         self._first_lrs = check_lrs(lr)
         self._beams = beams
         self._factors = check_factors(factors)
-        sgd = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
-        self._optimizer = make_optimizer(optimizer, sgd, {"betas": betas, "eps": eps}, weight_decay)
+        self._optimizer = make_optimizer(optimizer, optimizer_options)
+        most = max(len(self._first_lrs), beams)
+        self._capacity = max(most, len(self._ranks.share(most * len(self._factors), rank=0)))
         self._trainer = Trainer(model, loss_fn, method, max_memory)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator={generator!r}: expected the torch.Generator that shuffles the batches")
-        self._generator = generator
-        self._ranks = Ranks(process_group)
+        self._random = RandomNumbers(model, generator)
         self._modes = [(module, module.training) for module in model.modules()]
-        self._loss_fn = loss_fn
-        self._lrs = list(self._first_lrs)
-        self._stack: Stack | None = None  # which buffers are stacked shows at the first batch
-        self._open: OpenEpoch | None = None
-        self.model = model
-        self.history: list[Epoch] = []
+        self._beam_lrs = self._first_lrs
+        self._stack: Stack | None = None  # which buffers are stacked shows at a batch
+        self._epoch: EpochInProgress | None = None
 
     @property
     def epoch(self) -> int:
@@ -140,7 +133,7 @@ class ALRTree:
     @property
     def learning_rates(self) -> list[float]:
         """The learning rates of the beams, best first."""
-        return list(self._lrs)
+        return list(self._beam_lrs)
 
     def fit(
         self,
@@ -156,12 +149,11 @@ class ALRTree:
             callback: called with the record of each epoch.
 
         Raises:
-            TypeError: if ``callback`` is not callable.
-            ValueError: if ``epochs`` is not a whole number, 0 or more.
+            TypeError: if ``epochs`` is not a whole number, or ``callback`` is not callable.
+            ValueError: if ``epochs`` is below 0.
             RuntimeError: if no branch of an epoch has a finite loss; see :meth:`end_epoch`.
         """
-        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
-            raise ValueError(f"epochs={epochs!r}: expected how many epochs there shall be in all, a whole number")
+        check_count("epochs", epochs, 0, "epochs that there shall be in all")
         if not callable(callback):
             raise TypeError(f"callback={callback!r}: expected a callable, which is given the record of each epoch")
         while self.epoch < epochs:
@@ -182,15 +174,13 @@ class ALRTree:
             ValueError: if the loader gives no batches, or something else.
             RuntimeError: as :meth:`end_epoch` does; if the epoch was begun by :meth:`step`.
         """
-        for batch in self._remaining(loader):
+        epoch = self._epoch or self._begin_epoch()
+        for batch in epoch.remaining(loader, self._random):
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 raise ValueError(f"loader gave {type(batch).__name__} {short(batch)}: expected pairs (x, y)")
             self.step(*batch)
-        if self._open is None or self._open.batches == 0:
-            self._open = None
-            raise ValueError(
-                f"loader={short(loader)} gave no batches: an iterator can be used once; give a DataLoader"
-            )
+        if not epoch.batches:
+            raise ValueError(f"loader={short(loader)} gave no batches: an iterator serves once; give a DataLoader")
         return self.end_epoch()
 
     def step(self, x: Any, y: Any) -> Tensor:
@@ -203,23 +193,14 @@ class ALRTree:
         Returns:
             The losses before the step, of the branches that this rank trains.
         """
-        self._set_modes()
+        for module, training in self._modes:
+            module.training = training
+        epoch = self._epoch or self._begin_epoch()
         if self._stack is None:
-            self._stack = self._make_stack(changing_buffers(self.model, self._loss_fn, x, y))
-            self._stack.fill(self.model, len(self._lrs))
-        if self._open is None:
-            self._open = OpenEpoch(None)
-        if not self._open.branches:
-            self._grow(self._open, self._stack)
-        share = self._ranks.share(len(self._open.branches))
-        lrs = [self._open.branches[index].lr for index in share]
-        losses = self._trainer.step(self._stack, lrs, x, y)
-        size = batch_size(x, y)
-        self._open.totals += size * losses.double()
-        self._open.examples += size
-        self._open.batches += 1
-        self._open.now = random_state(self._stack.device, self._generator)
-        return losses
+            buffers = changing_buffers(self.model, self._loss_fn, x, y)
+            self._stack = Stack(self.model, buffers, self._optimizer, self._capacity, copies=len(epoch.lrs))
+        self._trainer.step(self._stack, epoch, x, y)
+        return epoch.end_batch(batch_size(x, y), self._random.state())
 
     def end_epoch(self) -> Epoch:
         """Prune the branches; :meth:`fit_epoch` does it after the last batch.
@@ -229,32 +210,27 @@ class ALRTree:
                 the tree has it as its only beam, with a fresh optimizer. If no batch was seen. If another rank is
                 gone; names it.
         """
-        if self._open is None or self._stack is None or not self._open.batches:
+        epoch, stack = self._epoch, self._stack
+        if epoch is None or stack is None or not epoch.batches:
             raise RuntimeError("no batch was seen: call fit_epoch(loader), or step(x, y) for each batch")
-        open_branches = self._open.branches
-        losses = self._ranks.gather(self._open.totals / self._open.examples, len(open_branches))
+        losses = self._ranks.gather_losses(epoch.loss_sums / epoch.examples, len(epoch.branches))
+        branches = [Branch(*branch, loss) for branch, loss in zip(epoch.branches, losses, strict=True)]
         survivors = prune(losses, self._beams)
-        self._open = None
+        self._epoch = None
         if not survivors:
-            self._trainer.forget()
-            self._lrs = [self.history[-1].best.lr] if self.history else list(self._first_lrs)
-            self._stack.fill(self.model, len(self._lrs))
-            tried = ", ".join(f"{branch.lr:.3g}" for branch in open_branches)
+            self._stack = None  # the next one is made of the model
+            self._beam_lrs = [self.history[-1].best.lr] if self.history else self._first_lrs
+            tried = ", ".join(f"{branch.lr:.3g}" for branch in branches)
             raise RuntimeError(
                 f"no branch of epoch {self.epoch + 1} has a finite loss, at learning rates {tried}. The model is "
                 f"as it was after epoch {self.epoch}, and the tree goes on from it alone, with a fresh optimizer: "
                 "start from a lower lr, look at the batches and the loss, or load the state saved last"
             )
-        branches = [branch._replace(loss=loss) for branch, loss in zip(open_branches, losses, strict=True)]
-        self._ranks.spread(self._stack.tensors(), survivors, len(branches))
-        self._stack.count = len(survivors)
-        # A rank without branches took no steps and drew no masks.
-        self._stack.taken = self._ranks.first(torch.tensor(self._stack.taken)).tolist()
-        random = random_state(self._stack.device, self._generator)
-        random = {name: self._ranks.first(state) for name, state in random.items()}
-        set_random_state(random, self._stack.device, self._generator)
-        self._stack.put(0, self.model)
-        self._lrs = [branches[index].lr for index in survivors]
+        stack.prune(survivors, len(branches), self._ranks)
+        stack.write_best(self.model)
+        # A rank without branches drew no dropout masks.
+        self._random.restore({name: self._ranks.values_of_first(at) for name, at in self._random.state().items()})
+        self._beam_lrs = [branches[index].lr for index in survivors]
         self.history.append(Epoch(self.epoch + 1, tuple(branches), survivors))
         return self.history[-1]
 
@@ -267,19 +243,19 @@ class ALRTree:
 
         Within an epoch, each rank's holds its own share of the branches.
         """
-        device = next(self.model.parameters()).device
         return {
-            "learning_rates": list(self._lrs),
+            **HEADER,
+            "learning_rates": self.learning_rates,
             "factors": list(self._factors),
             "history": [
-                {"branches": [list(branch) for branch in epoch.branches], "survivors": list(epoch.survivors)}
+                {"branches": [tuple(branch) for branch in epoch.branches], "survivors": epoch.survivors}
                 for epoch in self.history
             ],
             "model": copy.deepcopy(self.model.state_dict()),
             "stack": None if self._stack is None else self._stack.state_dict(),
             "trainer": self._trainer.state_dict(),
-            "open": None if self._open is None else self._open.state_dict(self._ranks),
-            "random": random_state(device, self._generator),
+            "epoch": None if self._epoch is None else dict(vars(self._epoch)),
+            "random": self._random.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -295,85 +271,36 @@ class ALRTree:
             TypeError: if it is not a dict.
             ValueError: if it is not of such a tree; nothing is loaded then.
         """
-        if not isinstance(state_dict, dict):
-            raise TypeError(f"state_dict={short(state_dict)}: pass what ALRTree.state_dict() returned")
-        if different := set(self.state_dict()) ^ set(state_dict):
-            raise ValueError(
-                f"state_dict has the keys {sorted(state_dict)} and should not differ in {sorted(different)}: pass "
-                "what ALRTree.state_dict() returned"
-            )
-        opened = None if state_dict["open"] is None else OpenEpoch.of(state_dict["open"], self._ranks)
-        if opened is not None and opened.branches and state_dict["factors"] != list(self._factors):
-            raise ValueError(
-                f"state_dict is of an epoch with the factors {state_dict['factors']}, and this tree has "
-                f"{list(self._factors)}: give ALRTree the same, or a state saved between two epochs"
-            )
-        check_shapes(self.model.state_dict(), state_dict["model"])
+        state = check_state(state_dict, self.state_dict(), self._ranks.position)
         stack = None
-        if state_dict["stack"] is not None:
-            buffers = state_dict["stack"]["buffers"]
-            check_shapes({name: None for name, _ in self.model.named_buffers() if name in buffers}, buffers)
-            stack = self._make_stack(list(buffers))
-            stack.load_state_dict(state_dict["stack"])
-        self._set_modes()
-        self.model.load_state_dict(state_dict["model"])
-        self._lrs = list(state_dict["learning_rates"])
+        if state["stack"] is not None:
+            buffers = state["stack"]["tensors"]["buffers"]
+            stack = Stack(self.model, buffers, self._optimizer, self._capacity, copies=0)
+            stack.load_state_dict(state["stack"])
+        self.model.load_state_dict(state["model"])
         self.history = [
             Epoch(number, tuple(Branch(*branch) for branch in epoch["branches"]), tuple(epoch["survivors"]))
-            for number, epoch in enumerate(state_dict["history"], start=1)
+            for number, epoch in enumerate(state["history"], start=1)
         ]
-        if opened is not None and stack is not None:
-            opened.totals = opened.totals.to(stack.device)
-        self._stack, self._open = stack, opened
-        self._trainer.load_state_dict(state_dict["trainer"], stack)
-        set_random_state(state_dict["random"], next(self.model.parameters()).device, self._generator)
+        self._beam_lrs = state["learning_rates"]
+        self._stack = stack
+        self._epoch = EpochInProgress(**state["epoch"]) if state["epoch"] else None
+        self._trainer.load_state_dict(state["trainer"])
+        self._random.restore(state["random"])
 
     def __repr__(self) -> str:
-        lrs = ", ".join(f"{lr:.4g}" for lr in self._lrs)
+        lrs = ", ".join(f"{lr:.4g}" for lr in self._beam_lrs)
         return (
             f"ALRTree(lr=[{lrs}], beams={self._beams}, factors={self._factors}, epoch={self.epoch}, "
             f"method={self._trainer!r})"
         )
 
-    def _set_modes(self) -> None:
-        for module, training in self._modes:
-            module.training = training
-
-    def _remaining(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """Give the batches that the open epoch has not seen; opens one if none is."""
-        device = next(self.model.parameters()).device
-        if self._open is None:
-            self._open = OpenEpoch(random_state(device, self._generator))
-            yield from loader
-            return
-        if self._open.start is None:
-            raise RuntimeError(
-                "this epoch was begun by step(), and which of the loader's batches it has seen is not known: end "
-                "it by step() and end_epoch()"
-            )
-        set_random_state(self._open.start, device, self._generator)
-        batches = iter(loader)
-        for number in range(self._open.batches):
-            if next(batches, None) is None:
-                raise ValueError(
-                    f"loader={short(loader)} gave {number} batches, and {self._open.batches} of this epoch were "
-                    "seen: give the loader that the epoch began with"
-                )
-        if self._open.batches:
-            set_random_state(self._open.now, device, self._generator)
-        yield from batches
-
-    def _make_stack(self, buffers: Sequence[str]) -> Stack:
-        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        most = max(len(self._first_lrs), self._beams)
-        capacity = max(most, len(self._ranks.share(most * len(self._factors), rank=0)))
-        return Stack(self.model, names, buffers, self._optimizer, capacity)
-
-    def _grow(self, opened: OpenEpoch, stack: Stack) -> None:
-        opened.branches = [
-            Branch(parent, lr * factor, math.nan) for parent, lr in enumerate(self._lrs) for factor in self._factors
-        ]
-        share = self._ranks.share(len(opened.branches))
-        stack.select([opened.branches[index].parent for index in share])
-        opened.totals = torch.zeros(len(share), dtype=torch.float64, device=stack.device)
-        self._trainer.begin_epoch(stack)
+    def _begin_epoch(self) -> EpochInProgress:
+        """Make branches of the beams."""
+        branches = [(parent, lr * factor) for parent, lr in enumerate(self._beam_lrs) for factor in self._factors]
+        share = [branches[index] for index in self._ranks.share(len(branches))]
+        if self._stack is not None:
+            self._stack.branch([parent for parent, _ in share])
+        self._trainer.begin_epoch()
+        self._epoch = EpochInProgress(self._ranks.position, branches, [lr for _, lr in share])
+        return self._epoch

@@ -1,6 +1,6 @@
 """The ALR technique: a beam search over learning rates, whose branches are one stacked model."""
 
-from .records import Branch, Epoch
-from .search import ALRTree
+from .alr_tree import ALRTree
+from .epoch import Branch, Epoch
 
 __all__ = ["ALRTree", "Branch", "Epoch"]

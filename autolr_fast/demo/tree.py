@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from .demo import Digits, describe, evaluate, load_digits, network, write
-from .plotting import plot_tree
-from .tree import ALRTree, Epoch
+from .._tree import ALRTree, Epoch
+from ..plotting import plot_tree
+from .schedules import Digits, describe, evaluate, load_digits, network, write
 
 __all__ = ["main", "search"]
 
 _BATCH_SIZE = 32
 # As torch.optim.SGD(momentum=0.9) and torch.optim.AdamW() of the other demonstration.
-_OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
+_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "sgd": {"momentum": 0.9},
-    "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
+    "adamw": {"weight_decay": 0.01},
 }
 
 
@@ -85,6 +85,14 @@ def search(
     model, generator = network(), torch.Generator().manual_seed(seed)
     loader = DataLoader(TensorDataset(*digits.train), _BATCH_SIZE, shuffle=True, generator=generator)
     # The method is named: what "auto" chooses by measuring, and with it the rounding, may change from run to run.
-    tree = ALRTree(model, F.cross_entropy, lrs, method="batched", generator=generator, **_OPTIMIZERS[optimizer])
+    tree = ALRTree(
+        model,
+        F.cross_entropy,
+        lrs,
+        optimizer=optimizer,
+        optimizer_options=_OPTIONS[optimizer],
+        method="batched",
+        generator=generator,
+    )
     tree.fit(loader, epochs, lambda epoch: tell(epoch, evaluate(model, *digits.validation)[1]))
     return tree

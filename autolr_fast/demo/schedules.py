@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, StepLR
 
-from .plotting import Curve, plot_runs
-from .scheduler import AutoLR
+from ..plotting import Curve, plot_runs
+from ..scheduler import AutoLR
 
 if TYPE_CHECKING:
     from pathlib import Path
