@@ -1,15 +1,15 @@
 """Finds the learning rate while a PyTorch training runs."""
 
-from .candidates import Line
-from .evaluators import EVALUATORS, Auto, Evaluator, EvaluatorError, Folded, Graphed, InPlace, Stacked, Streamed
-from .isolation import Closure, ClosureError, Isolation
+__version__ = "0.1.0"
+
+from ._evaluators import Auto, Evaluator, EvaluatorError, Graphed, InPlace, Stacked, Streamed
+from ._isolation import ClosureError
+from ._tree import ALRTree
 from .probe import Probe
+from .rule import FACTORS_2, FACTORS_3, FACTORS_5, FACTORS_7, Rule
 from .scheduler import AutoLR
-from .scoring import FACTORS_2, FACTORS_3, FACTORS_5, FACTORS_7
-from .tree import ALRTree
 
 __all__ = [
-    "EVALUATORS",
     "FACTORS_2",
     "FACTORS_3",
     "FACTORS_5",
@@ -17,19 +17,14 @@ __all__ = [
     "ALRTree",
     "Auto",
     "AutoLR",
-    "Closure",
     "ClosureError",
     "Evaluator",
     "EvaluatorError",
-    "Folded",
     "Graphed",
     "InPlace",
-    "Isolation",
-    "Line",
     "Probe",
+    "Rule",
     "Stacked",
     "Streamed",
     "__version__",
 ]
-
-__version__ = "0.1.0"

@@ -7,7 +7,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, demo, demo_tree, info
+from . import __version__
+from ._ops import info
+from .demo import schedules, tree
 
 __all__ = ["main"]
 
@@ -26,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo_parser = commands.add_parser(
         "demo", help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    demo_parser.set_defaults(run=lambda args: (demo_tree if args.tree else demo).main(args))
+    demo_parser.set_defaults(run=lambda args: (tree if args.tree else schedules).main(args))
     starts = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
-    tree = "instead of the schedules, search from all starts at once with ALRTree"
-    demo_parser.add_argument("--tree", action="store_true", help=tree)
+    what = "instead of the schedules, search from all starts at once with ALRTree"
+    demo_parser.add_argument("--tree", action="store_true", help=what)
     demo_parser.add_argument("--lr", type=_positive(float), nargs="+", default=starts, help="where to start")
     demo_parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
     demo_parser.add_argument("--epochs", type=_positive(int), default=10, help="length of each training")

@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .isolation import RandomStreams
-
 __all__ = ["Beam", "candidate_losses", "next_lr", "propose_lr", "tree_search"]
 
 Loss = Callable[[nn.Module], Tensor]
@@ -124,12 +122,13 @@ def tree_search(
     history = []
     for _ in range(epochs):
         batches = list(loader)
-        random = RandomStreams()
-        branches, seen = [], []
+        branches: list[Beam] = []
+        seen = []
         for parent, beam in enumerate(survivors):
             for factor in factors:
-                random.restore()  # all see the same dropout masks
-                branch, loss = _train_epoch(beam, beam.lr * factor, loss_fn, batches, optimizer)
+                is_last = len(branches) + 1 == len(survivors) * len(factors)
+                with torch.random.fork_rng(enabled=not is_last):  # all see the same dropout masks
+                    branch, loss = _train_epoch(beam, beam.lr * factor, loss_fn, batches, optimizer)
                 branches.append(branch)
                 seen.append((parent, branch.lr, loss))
         history.append(seen)

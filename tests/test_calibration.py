@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autolr_fast import FACTORS_2, FACTORS_3, FACTORS_7, AutoLR
-from autolr_fast.calibration import Look, search, search_again, steady_state
+from autolr_fast import FACTORS_2, FACTORS_3, FACTORS_7, AutoLR, Rule
+from autolr_fast._calibration import start_ratio
+from autolr_fast._calibration.search import search, search_again
+from autolr_fast._evaluators import Look
 from benchmarks.models import CharacterTransformer
 
 from .helpers import assert_same, between, everything, losses_of_copies, problem, sgd, train_step
@@ -23,7 +25,7 @@ def test_calibration_finds_the_same_rate_from_anywhere(lr0):
     def loss_of(model):
         return model["w"].square().sum() / 2
 
-    scheduler = AutoLR(optimizer, model, calibrate=1, every=None)
+    scheduler = AutoLR(optimizer, model, calibration_steps=1, probe_every_steps=None)
     start = model["w"].detach().clone()
     train_step(model, optimizer, loss_of)
     scheduler.step(lambda: loss_of(model))
@@ -43,7 +45,9 @@ def test_two_candidates_find_it_too(lr0):
     """They never say that they are close, only on which side: the best rate here is 1."""
     model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))})
     optimizer = sgd(model, lr=lr0)
-    scheduler = AutoLR(optimizer, model, calibrate=1, every=None, factors=(1.5, 1 / 1.5))
+    scheduler = AutoLR(
+        optimizer, model, calibration_steps=1, probe_every_steps=None, rule=Rule(factors=(1.5, 1 / 1.5))
+    )
     train_step(model, optimizer, lambda model: model["w"].square().sum() / 2)
     scheduler.step(lambda: model["w"].square().sum() / 2)
     assert lr0 * scheduler.last_probe.factor.item() == pytest.approx(1)
@@ -53,7 +57,7 @@ def test_two_candidates_find_it_too(lr0):
 def test_calibration_changes_parameters_and_nothing_else():
     model, loss_of = problem("convnet")
     optimizer = sgd(model, lr=1e-4, momentum=0.9)
-    scheduler = AutoLR(optimizer, model, calibrate=1)
+    scheduler = AutoLR(optimizer, model, calibration_steps=1)
     train_step(model, optimizer, loss_of)
     count = len(list(model.parameters()))
     before = everything(model, optimizer)
@@ -68,13 +72,13 @@ def test_momentum_lowers_the_calibrated_level():
     for momentum in (0.0, 0.9):
         model, loss_of = problem("mlp")
         optimizer = sgd(model, lr=0.01, momentum=momentum)
-        scheduler = AutoLR(optimizer, model, calibrate=1)
+        scheduler = AutoLR(optimizer, model, calibration_steps=1)
         train_step(model, optimizer, loss_of)
         scheduler.step(lambda model=model, loss_of=loss_of: loss_of(model))
         rates[momentum] = scheduler.level[0]
     assert rates[0.9] == pytest.approx(rates[0.0] * 3 * 0.1, rel=1e-4)
-    assert steady_state(torch.optim.Adam(model.parameters()), warm=False) == 1 / 3
-    assert steady_state(torch.optim.RMSprop(model.parameters(), momentum=0.9), warm=False) == 1 / 3
+    assert start_ratio(torch.optim.Adam(model.parameters()), began_warm=False) == 1 / 3
+    assert start_ratio(torch.optim.RMSprop(model.parameters(), momentum=0.9), began_warm=False) == 1 / 3
 
 
 def test_a_warm_momentum_buffer_needs_no_lower_level():
@@ -82,7 +86,7 @@ def test_a_warm_momentum_buffer_needs_no_lower_level():
     optimizer = sgd(model, lr=1e-3, momentum=0.9)
     for _ in range(50):
         train_step(model, optimizer, loss_of)
-    scheduler = AutoLR(optimizer, model, calibrate=1)
+    scheduler = AutoLR(optimizer, model, calibration_steps=1)
     train_step(model, optimizer, loss_of)
     scheduler.step(lambda: loss_of(model))
     assert scheduler.level[0] == pytest.approx(1e-3 * scheduler.last_probe.factor.item())
@@ -93,7 +97,7 @@ def test_a_start_too_low_for_the_precision_is_found_all_the_same(lr0):
     """The first candidates have equal losses; the search goes up until they differ."""
     model, loss_of = problem("mlp")
     optimizer = sgd(model, lr=lr0)
-    scheduler = AutoLR(optimizer, model, calibrate=20, every=None)
+    scheduler = AutoLR(optimizer, model, calibration_steps=20, probe_every_steps=None)
     for _ in range(20):
         train_step(model, optimizer, loss_of)
         scheduler.step(lambda: loss_of(model))
@@ -115,7 +119,7 @@ def test_a_step_that_rounds_away_is_told_and_loses_nothing():
 def test_calibration_stays_inside_the_limits():
     model, loss_of = problem("mlp")
     optimizer = sgd(model, lr=1e-3)
-    scheduler = AutoLR(optimizer, model, calibrate=1, max_lr=2e-3)
+    scheduler = AutoLR(optimizer, model, calibration_steps=1, lr_limits=(1e-12, 2e-3))
     train_step(model, optimizer, loss_of)
     scheduler.step(lambda: loss_of(model))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 / 3)
@@ -126,7 +130,7 @@ def test_calibration_stays_inside_the_limits():
 def test_calibration_of_a_loss_that_is_never_finite_waits():
     model, loss_of = problem("mlp")
     optimizer = sgd(model, lr=1e-3)
-    scheduler = AutoLR(optimizer, model, calibrate=5, evaluator="inplace")
+    scheduler = AutoLR(optimizer, model, calibration_steps=5, evaluator="inplace")
     train_step(model, optimizer, loss_of)
     before = everything(model, optimizer)
     with pytest.warns(UserWarning, match="could not calibrate.*first batch"):
@@ -148,7 +152,7 @@ def test_calibration_next_to_where_no_loss_is_finite():
         loss = 100 + model["w"].square().sum() / 2  # it rises too little to be no noise, and then too far
         return torch.where(model["w"].abs().max() > 1.2, math.inf, loss)
 
-    scheduler = AutoLR(optimizer, model, calibrate=1, every=None, evaluator="inplace")
+    scheduler = AutoLR(optimizer, model, calibration_steps=1, probe_every_steps=None, evaluator="inplace")
     train_step(model, optimizer, loss_of)
     scheduler.step(lambda: loss_of(model))
     assert not scheduler.last_probe.losses.isfinite().any()
@@ -179,7 +183,7 @@ def test_what_is_hard_on_a_first_step_is_calibrated_all_the_same(case, lr0):
         nn.init.zeros_(model[2].weight)
         nn.init.zeros_(model[2].bias)
     optimizer = sgd(model, lr=lr0, momentum=0.9)
-    scheduler = AutoLR(optimizer, model, every=None)
+    scheduler = AutoLR(optimizer, model, probe_every_steps=None)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=case == "skipped by the scaler")
     for step in range(24):
         x = torch.randn(4 if case == "accumulated" else 1, 32, 8)
@@ -208,7 +212,7 @@ def look_at(loss_of, precision=1e-12):
     def look(ratios):
         asked.append(ratios)
         losses = torch.tensor([loss_of(ratio) for ratio in ratios], dtype=torch.float64)
-        return Look(ratios, losses, precision)
+        return Look(ratios, losses, losses, precision)
 
     return look, asked
 
@@ -218,17 +222,11 @@ def look_at(loss_of, precision=1e-12):
 def test_search_finds_where_the_loss_is_lowest(best, factors):
     """A parabola is met exactly, from wherever it starts."""
     look, asked = look_at(lambda ratio: (ratio / best - 1) ** 2)
-    ratio, _, rounds, unseen, _ = search(look, factors, 1e-9, 1e9)
+    ratio, _, rounds, flat, _ = search(look, factors, 1e-9, 1e9)
     assert ratio == pytest.approx(best, rel=1e-6)
     assert asked[0] == factors
     assert len(asked) == rounds <= 12
-    assert not unseen
-
-
-def test_search_of_the_highest_is_that_of_the_lowest_upside_down():
-    lowest, _ = look_at(lambda ratio: (ratio / 70 - 1) ** 2)
-    highest, _ = look_at(lambda ratio: -((ratio / 70 - 1) ** 2))
-    assert search(highest, FACTORS_2, 1e-9, 1e9, maximize=True).ratio == search(lowest, FACTORS_2, 1e-9, 1e9).ratio
+    assert not flat
 
 
 @pytest.mark.parametrize("ruined", [math.inf, math.nan])
@@ -241,10 +239,10 @@ def test_search_comes_down_from_where_no_loss_is_finite(ruined):
 def test_search_leaves_where_all_losses_are_equal(best):
     """Too low to be seen at first, or so high that the loss has saturated."""
     look, _ = look_at(lambda ratio: min((ratio / best - 1) ** 2, 4.0), precision=1e-4)
-    ratio, _, rounds, unseen, _ = search(look, FACTORS_2, 1e-9, 1e9)
+    ratio, _, rounds, flat, _ = search(look, FACTORS_2, 1e-9, 1e9)
     assert ratio == pytest.approx(best, rel=1e-6)
     assert rounds < 20
-    assert not unseen
+    assert not flat
 
 
 @pytest.mark.parametrize("noise", [1e-6, 1e-4, 3e-3])
@@ -273,10 +271,10 @@ def test_search_of_losses_of_eight_bits_ends_in_their_flat_bottom(best):
             return round(128 * (2 + (ratio / best - 1) ** 2) + off) / 128
 
         look, _ = look_at(loss_of, precision=2**-9)
-        ratio, _, rounds, unseen, _ = search(look, FACTORS_2, 1e-9, 1e9)
+        ratio, _, rounds, flat, _ = search(look, FACTORS_2, 1e-9, 1e9)
         assert ratio == pytest.approx(best, rel=0.25)
         assert rounds < 20
-        assert not unseen
+        assert not flat
 
 
 def test_search_does_not_drift_down_where_all_is_equal():
@@ -293,13 +291,13 @@ def test_search_next_to_where_no_loss_is_finite(ruined):
 def test_search_gives_up_where_there_is_nothing_to_find():
     constant, asked = look_at(lambda ratio: 2.0)
     found = search(constant, FACTORS_2, 1e-9, 1e9)
-    assert found.unseen
+    assert found.is_flat
     assert found.rounds < 15
     assert max(map(max, asked)) >= 1e9
     assert min(map(min, asked)) <= 1e-9
     ruined, _ = look_at(lambda ratio: math.nan)
     found = search(ruined, FACTORS_2, 1e-9, 1e9)
-    assert not found.unseen
+    assert not found.is_flat
     assert found.rounds < 20
 
 
@@ -348,7 +346,7 @@ def test_a_start_where_the_loss_has_saturated_is_calibrated():
 
 
 @pytest.mark.parametrize(
-    ("losses", "precision", "unseen"),
+    ("losses", "precision", "flat"),
     [
         ([1.0, 1.0, 1.0], 1e-7, True),
         ([1.0, 1.0 + 1e-7, 1.0], 1e-7, True),
@@ -360,30 +358,30 @@ def test_a_start_where_the_loss_has_saturated_is_calibrated():
         ([0.0, 0.0, 0.0], 1e-7, True),
     ],
 )
-def test_losses_too_close_to_tell(losses, precision, unseen):
+def test_losses_too_close_to_tell(losses, precision, flat):
     def look(ratios):
-        return Look(ratios, torch.tensor(losses, dtype=torch.float64), precision)
+        seen = torch.tensor(losses, dtype=torch.float64)
+        return Look(ratios, seen, seen, precision)
 
-    assert search(look, FACTORS_3, 1e-9, 1e9).unseen is unseen
+    assert search(look, FACTORS_3, 1e-9, 1e9).is_flat is flat
 
 
-def again(loss_at, loss, before, sign=1.0):
+def again(loss_at, loss, before):
     """Search again along steps; return what was found, and at how many factors was looked."""
     factors = []
 
     def look(some):
         factors.extend(some)
-        losses = torch.tensor([sign * loss_at(factor) for factor in some], dtype=torch.float64)
-        return Look(some, losses, precision=1e-7)
+        losses = torch.tensor([loss_at(factor) for factor in some], dtype=torch.float64)
+        return Look(some, losses, losses, precision=1e-7)
 
-    return search_again(look, FACTORS_2, loss, before, maximize=sign < 0), len(factors)
+    return search_again(look, FACTORS_2, loss, before), len(factors)
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["minimized", "maximized"])
-def test_steps_after_which_the_loss_is_four_times_as_high_had_better_been_shorter(sign):
-    found, _ = again(lambda ratio: 1 + 100 * (ratio - 0.1) ** 2, 82.0, 1.5, sign)
+def test_steps_after_which_the_loss_is_four_times_as_high_had_better_been_shorter():
+    found, _ = again(lambda ratio: 1 + 100 * (ratio - 0.1) ** 2, 82.0, 1.5)
     assert found.ratio == pytest.approx(0.1)
-    assert found.lowest < 1.1
+    assert found.cost < 1.1
 
 
 def test_a_negative_loss_blows_up_by_its_size():
@@ -395,7 +393,7 @@ def test_where_no_shorter_steps_help_they_are_undone():
     """What is nearest to where they ended may be better the longer it is."""
     found, _ = again(lambda ratio: 1 + 100 * min(ratio, 0.1) - 0.5 * ratio, 10.5, 1.0)
     assert found.ratio == 1e-3
-    assert found.lowest < 1.2
+    assert found.cost < 1.2
 
 
 @pytest.mark.parametrize(
@@ -419,16 +417,14 @@ BUILDS = {
 }
 
 
-@pytest.mark.parametrize("small", [0, 2**20], ids=["told", "copied"])
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("at", [2, 6])
 @pytest.mark.parametrize("build", sorted(BUILDS))
-def test_steps_that_blow_the_loss_up_are_taken_again(build, at, window, small, monkeypatch):
+def test_steps_that_blow_the_loss_up_are_taken_again(build, at, window):
     """Shorter, in one with those before them; what is kept from in between goes with them."""
-    monkeypatch.setattr("autolr_fast.memory.SMALL", small)
     model, loss_of = problem("mlp")
     optimizer = BUILDS[build](model.parameters())
-    scheduler = AutoLR(optimizer, model, window=window, evaluator="inplace")
+    scheduler = AutoLR(optimizer, model, rule=Rule(window_steps=window), evaluator="inplace")
     history = []
 
     def train():
@@ -440,7 +436,7 @@ def test_steps_that_blow_the_loss_up_are_taken_again(build, at, window, small, m
         train()
         scheduler.step(lambda: loss_of(model))
         lowest = min(lowest, *scheduler.last_probe.losses[:1].tolist())
-    assert scheduler.state_dict()["lowest_loss"] == pytest.approx(lowest, rel=0.2)
+    assert scheduler.state_dict()["calibration"]["lowest_cost"] == pytest.approx(lowest, rel=0.2)
     level = scheduler.level[0]
     optimizer.param_groups[0]["lr"] *= 300
     train()
@@ -459,7 +455,6 @@ def test_steps_that_blow_the_loss_up_are_taken_again(build, at, window, small, m
         begins = [between(old, new, ratio) for old, new in zip(start, begins, strict=True)]
     scheduler.step(lambda: loss_of(model))
     assert scheduler.last_probe.step == at + 1
-    assert scheduler._snapshots._state_tells  # what it told is what was taken
     expected = losses_of_copies(
         model, dict(zip(dict(model.named_parameters()), begins, strict=True)), FACTORS_2, loss_of
     )
@@ -516,7 +511,7 @@ def test_a_closure_that_raises_while_steps_are_taken_again_loses_nothing(raise_a
     with pytest.raises(OSError, match="no data"):
         scheduler.step(raising)
     assert_same(before, everything(model, optimizer))
-    assert str(scheduler.state_dict()) == str(state | {"offered_step": 6})
+    assert str(scheduler.state_dict()) == str(state | {"tracker": {**state["tracker"], "offered": 6}})
     scheduler.step(lambda: loss_of(model))
     twin, twins_optimizer, twins_scheduler, _ = start()
     twins_scheduler.step(lambda: loss_of(twin))
@@ -528,7 +523,7 @@ def test_what_was_unfrozen_since_the_steps_began_keeps_its_own():
     model, loss_of = problem("mlp")
     model[0].requires_grad_(False)
     optimizer = sgd(model)
-    scheduler = AutoLR(optimizer, model, window=2, evaluator="inplace")
+    scheduler = AutoLR(optimizer, model, rule=Rule(window_steps=2), evaluator="inplace")
     for _ in range(5):
         train_step(model, optimizer, loss_of)
         scheduler.step(lambda: loss_of(model))
@@ -551,11 +546,11 @@ def test_what_is_not_lost_is_no_plateau():
     scheduler = AutoLR(optimizer, model, evaluator="inplace", anneal="plateau")
     spiked(model, loss_of, optimizer, scheduler)
     blown = loss_of(model).item()
-    level = scheduler._rates.level.item()
+    level = scheduler._level.value.item()
     scheduler.step(lambda: loss_of(model))
-    assert max(scheduler.state_dict()["guard"]["losses"]) < blown / 4
-    assert scheduler.state_dict()["settled"] == 1.0
-    assert scheduler._rates.level.item() <= level / 2
+    assert max(scheduler.state_dict()["level"]["guard"]["losses"]) < blown / 4
+    assert scheduler.state_dict()["level"]["plateau"] == 1.0
+    assert scheduler._level.value.item() <= level / 2
 
 
 def test_a_run_resumed_after_steps_were_taken_again_is_the_same():
@@ -569,7 +564,7 @@ def test_a_run_resumed_after_steps_were_taken_again_is_the_same():
     spiked(model, loss_of, optimizer, scheduler)
     scheduler.step(lambda: loss_of(model))
     assert scheduler.last_probe.rounds > 1
-    assert scheduler.state_dict()["lowest_loss"] < 4
+    assert scheduler.state_dict()["calibration"]["lowest_cost"] < 4
     other, others_optimizer, resumed, _ = start()
     other.load_state_dict(model.state_dict())
     others_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -605,7 +600,7 @@ def test_a_batch_is_learned_by_heart_and_not_lost(seed):
 def test_later_steps_are_not_taken_again():
     model, loss_of = problem("mlp")
     optimizer = sgd(model)
-    scheduler = AutoLR(optimizer, model, calibrate=3, every=1)
+    scheduler = AutoLR(optimizer, model, calibration_steps=3, probe_every_steps=1)
     for step in range(1, 6):
         if step == 5:
             optimizer.param_groups[0]["lr"] *= 1e4

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from autolr_fast.candidates import GradientLine, StackedBuffer, StepLine, candidate_parameters
+from autolr_fast._ops.buffer import StackedBuffer
+from autolr_fast._steps import GradientLine, StepLine, candidate_parameters
 
 from .helpers import mlp
 
@@ -86,8 +87,8 @@ def test_parameters_in_optimizer_order_by_name():
     model = mlp()
     groups = [{"params": model[2].parameters()}, {"params": model[0].parameters()}]
     found = candidate_parameters(model, torch.optim.SGD(groups, lr=0.1))
-    assert list(found) == ["2.weight", "2.bias", "0.weight", "0.bias"]
-    assert found["0.bias"] is model[0].bias
+    assert list(found.values()) == ["2.weight", "2.bias", "0.weight", "0.bias"]
+    assert list(found)[3] is model[0].bias
 
 
 def test_foreign_model():
@@ -101,7 +102,7 @@ def test_partly_optimized_model():
     with pytest.raises(ValueError, match=r"'2.weight' \(and 1 more\).*freeze"):
         candidate_parameters(model, optimizer)
     model[2].requires_grad_(False)
-    assert list(candidate_parameters(model, optimizer)) == ["0.weight", "0.bias"]
+    assert list(candidate_parameters(model, optimizer).values()) == ["0.weight", "0.bias"]
 
 
 def test_complex_and_sparse_parameters():

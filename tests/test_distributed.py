@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from autolr_fast import AutoLR
-from autolr_fast.distributed import mean_over_ranks
+from autolr_fast import AutoLR, Rule
+from autolr_fast._machine.ranks import mean_over_ranks
 
 from .helpers import assert_same, convnet, everything, mlp, sgd, train_step
 
@@ -28,7 +28,13 @@ def start(name, direction, evaluator, wrap):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     model = wrap(model)
     scheduler = AutoLR(
-        optimizer, model, every=2, calibrate=3, direction=direction, evaluator=evaluator, total_steps=20
+        optimizer,
+        model,
+        probe_every_steps=2,
+        calibration_steps=3,
+        rule=Rule(direction=direction),
+        evaluator=evaluator,
+        total_steps=20,
     )
     return model, optimizer, scheduler
 
@@ -63,7 +69,7 @@ def sharded(rank, evaluator):
     fully_shard(model[2])
     fully_shard(model)
     optimizer = sgd(model, lr=0.1, momentum=0.9)
-    pinned = {"min_lr": 0.1, "max_lr": 0.1, "calibrate": 0, "every": 1}
+    pinned = {"lr_limits": (0.1, 0.1), "calibration_steps": 0, "probe_every_steps": 1}
     scheduler = AutoLR(optimizer, model, **pinned, evaluator=evaluator) if evaluator else None
     losses, probes = [], []
     for step in range(STEPS):
@@ -152,7 +158,14 @@ def test_sharded_candidates_equal_whole_ones(results):
     torch.manual_seed(5)
     model = mlp()
     optimizer = sgd(model, lr=0.1, momentum=0.9)
-    scheduler = AutoLR(optimizer, model, min_lr=0.1, max_lr=0.1, calibrate=0, every=1, evaluator="inplace")
+    scheduler = AutoLR(
+        optimizer,
+        model,
+        lr_limits=(0.1, 0.1),
+        calibration_steps=0,
+        probe_every_steps=1,
+        evaluator="inplace",
+    )
     for step in range(STEPS):
 
         def loss(model, step=step):

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from autolr_fast import AutoLR
-from autolr_fast.guard import Guard
+from autolr_fast import AutoLR, Rule
+from autolr_fast._level.guard import Guard
 
 from .helpers import problem, sgd
 
@@ -36,8 +36,7 @@ def test_the_level_goes_where_it_has_not_been_only_while_the_mean_reaches_clear_
         for more, factor in probes:
             losses.append(base + more)
             wanted = level.item() * factor
-            level *= factor
-            guard.hold(number(losses[-1]), level)
+            level, _ = guard.hold(level * factor, number(losses[-1]))
             allowed, half = True, min(count, len(losses) // 2)
             if half >= 2:
                 older, newer = losses[-2 * half : -half], losses[-half:]
@@ -57,8 +56,7 @@ def test_what_is_won_back_is_no_new_low():
     guard, level = Guard(2, torch.device("cpu")), number(1.0)
     levels = []
     for loss in (4.0, 3.0, 2.0, 1.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.9, 0.4, 0.39):
-        level *= 2
-        guard.hold(number(loss), level)
+        level, _ = guard.hold(2 * level, number(loss))
         levels.append(level.item())
     assert levels == [2.0, 4.0, 8.0, *[16.0] * 12, 32.0]
 
@@ -66,10 +64,9 @@ def test_what_is_won_back_is_no_new_low():
 def test_a_mean_of_few_is_no_low_to_go_below():
     guard, level = Guard(4, torch.device("cpu")), number(1.0)
     for loss in (0.1, 0.1, *[5.0] * 6):
-        guard.hold(number(loss), level)
+        level, _ = guard.hold(level, number(loss))
     for _ in range(4):
-        level *= 2
-        guard.hold(number(1.0), level)
+        level, _ = guard.hold(2 * level, number(1.0))
     assert level.item() == 2.0  # at the fourth
 
 
@@ -78,9 +75,8 @@ def test_the_last_thousandth_of_the_loss_is_worth_no_higher_level(scale, offset)
     guard, level = Guard(2, torch.device("cpu")), number(1.0)
     levels = []
     for loss in (1.0, 0.5, 0.1, 0.01, 0.0095, 0.0001, 0.00005, -0.0005, -0.002):
-        guard.hold(number(scale * loss + offset), level)
-        level *= 2
-        guard.hold(number(scale * loss + offset), level)
+        level, _ = guard.hold(level, number(scale * loss + offset))
+        level, _ = guard.hold(2 * level, number(scale * loss + offset))
         levels.append(level.item())
     assert levels == [2.0, 4.0, 8.0, 16.0, 16.0, 32.0, 32.0, 32.0, 64.0]
 
@@ -90,8 +86,7 @@ def test_a_loss_that_is_not_finite_holds_the_level_until_it_is_forgotten(bad):
     guard, level = Guard(2, torch.device("cpu")), number(1.0)
     levels = []
     for loss in (9.0, 8.0, 7.0, bad, 5.0, 4.0, 3.0, 2.0, 1.0):
-        level *= 2
-        guard.hold(number(loss), level)
+        level, _ = guard.hold(2 * level, number(loss))
         levels.append(level.item())
     assert levels == [2.0, 4.0, 8.0, 8.0, 8.0, 8.0, 8.0, 16.0, 32.0]
 
@@ -104,22 +99,28 @@ def test_a_guard_goes_on_from_its_state():
         whole, resumed = Guard(3, torch.device("cpu")), Guard(3, torch.device("cpu"))
         level = number(1.0)
         for loss, factor in zip(losses[:cut], factors[:cut], strict=True):
-            level *= factor
-            whole.hold(loss, level)
+            level, _ = whole.hold(level * factor, loss)
         resumed.load(json.loads(json.dumps(whole.state())))
         other = level.clone()
         for loss, factor in zip(losses[cut:], factors[cut:], strict=True):
-            level *= factor
-            other *= factor
-            assert whole.hold(loss, level) == resumed.hold(loss, other)
-            assert level == other
+            level, falls = whole.hold(level * factor, loss)
+            other, others_falls = resumed.hold(other * factor, loss)
+            assert (level, falls) == (other, others_falls)
 
 
 def train(loss_of_step, maximize=False, **options):
     """Return the level after each of 120 probes along a line whose longest step always has the lowest loss."""
     model = nn.ParameterDict({"w": nn.Parameter(number(0.0))})
     optimizer = sgd(model, lr=1e-3, maximize=maximize)
-    scheduler = AutoLR(optimizer, model, calibrate=0, every=1, window=1, evaluator="inplace", **options)
+    scheduler = AutoLR(
+        optimizer,
+        model,
+        calibration_steps=0,
+        probe_every_steps=1,
+        rule=Rule(window_steps=1),
+        evaluator="inplace",
+        **options,
+    )
     sign = -1 if maximize else 1
     levels = []
     for step in range(120):
@@ -145,7 +146,7 @@ def test_autolr_climbs_while_the_loss_falls_and_no_longer(maximize):
 
 
 def test_without_a_guard_it_climbs_on():
-    levels = train(lambda step: 1.0, guard=0)
+    levels = train(lambda step: 1.0, guard_probes=0)
     assert levels[60] == pytest.approx(levels[59] * levels[1] / levels[0])
     assert train(lambda step: 1.0)[119] == train(lambda step: 1.0)[19]
 
@@ -155,5 +156,5 @@ def test_without_a_guard_it_climbs_on():
 )
 def test_what_cannot_be_a_guard_is_refused(guard, error):
     model, _ = problem("mlp")
-    with pytest.raises(error, match="guard="):
-        AutoLR(sgd(model), model, guard=guard)
+    with pytest.raises(error, match="guard_probes="):
+        AutoLR(sgd(model), model, guard_probes=guard)

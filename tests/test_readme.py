@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autolr_fast import FACTORS_2, AutoLR
+from autolr_fast import FACTORS_2, AutoLR, Rule
 
 from .helpers import mlp, problem, sgd
 
@@ -32,7 +32,7 @@ def test_the_equivalent_is_equivalent():
     model, _ = problem("mlp")
     x, y = torch.randn(12, 5), torch.randint(3, (12,))
     optimizer = sgd(model, momentum=0.9)
-    scheduler = AutoLR(optimizer, model, calibrate=0, every=1, window=1)
+    scheduler = AutoLR(optimizer, model, calibration_steps=0, probe_every_steps=1, rule=Rule(window_steps=1))
     scope = {"copy": copy, "math": math, "model": model, "loss_fn": F.cross_entropy, "x": x, "y": y}
     scope |= {"factors": FACTORS_2, "lr": 0.1, "prev": [p.detach().clone() for p in model.parameters()]}
     F.cross_entropy(model(x), y).backward()

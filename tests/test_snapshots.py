@@ -7,9 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autolr_fast import AutoLR
-from autolr_fast.reconstruction import sample
-from autolr_fast.snapshots import Cadence, Snapshot, Snapshots, windows_for
+from autolr_fast._steps import ProbeSchedule, ProbeTracker, Snapshots, StepLine, windows_for
 
 from .helpers import mlp, problem, train_step
 
@@ -19,25 +17,23 @@ from .helpers import mlp, problem, train_step
     st.integers(0, 12),
     st.lists(st.integers(1, 4), min_size=1, max_size=3),
 )
-def test_every_probe_finds_its_snapshot_and_none_is_kept_in_vain(every, calibrate, windows):
-    cadence = Cadence(every, calibrate, tuple(windows))
+def test_every_probe_finds_its_snapshot_and_none_is_kept_in_vain(every, first, windows):
+    schedule = ProbeSchedule(every, first, tuple(windows))
     model, loss_of = mlp(), lambda model: model(torch.ones(1, 5)).square().sum()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    snapshots = Snapshots(optimizer, cadence)
+    snapshots = Snapshots(optimizer, schedule)
     history = []
     for step in range(1, 30):
         history.append([p.detach().clone() for p in model.parameters()])
         train_step(model, optimizer, loss_of)
         assert snapshots.steps == step
-        if window := cadence.window_at(step):
-            assert step <= calibrate or step % every == 0
-            taken = snapshots._taken[step - window]
-            expected = [sample(value) if taken.sampled else value for value in history[step - window]]
-            assert all(map(torch.equal, taken.values.values(), expected))
+        if window := schedule.window_at(step):
+            assert step <= first or step % every == 0
+            assert all(map(torch.equal, snapshots._kept[step - window].values(), history[step - window]))
         snapshots.drop_used()
-        probes = [(m, cadence.window_at(m)) for m in range(step + 1, step + 10)]
+        probes = [(m, schedule.window_at(m)) for m in range(step + 1, step + 10)]
         needed = {m - window for m, window in probes if window and m - window < step}
-        assert set(snapshots._taken) == needed
+        assert set(snapshots._kept) == needed
 
 
 @pytest.mark.parametrize(
@@ -51,38 +47,14 @@ def test_every_probe_finds_its_snapshot_and_none_is_kept_in_vain(every, calibrat
 def test_default_keeps_nothing_between_probes(build, open_after):
     model, loss_of = problem("mlp")
     optimizer = build(model.parameters(), lr=0.01)
-    snapshots = Snapshots(optimizer, Cadence(every=10, calibrate=20, windows=windows_for(optimizer)))
+    snapshots = Snapshots(optimizer, ProbeSchedule(10, 20, windows_for(optimizer)))
     held = []
     for _ in range(60):
         train_step(model, optimizer, loss_of)
         snapshots.drop_used()
-        held.append(len(snapshots._taken))
+        held.append(len(snapshots._kept))
     assert max(held) == 1
     assert [step for step, count in enumerate(held, 1) if count and step > 20] == open_after
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"every": 2, "calibrate": 0}, {"every": 1, "calibrate": 0}, {"window": (1, 2)}]
-)
-@pytest.mark.parametrize("build", [torch.optim.AdamW, torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9)])
-def test_no_probe_is_left_out_where_the_state_tells_some_windows_only(monkeypatch, build, options):
-    """Also of windows that overlap, and of which it tells the shorter one."""
-    probed = []
-    for small in (0, 1 << 30):
-        monkeypatch.setattr("autolr_fast.memory.SMALL", small)
-        model, loss_of = problem("mlp")
-        optimizer = build(model.parameters(), lr=0.01)
-        scheduler = AutoLR(optimizer, model, evaluator="inplace", **options)
-        probes = []
-        for _ in range(40):
-            train_step(model, optimizer, loss_of)
-            scheduler.step(partial(loss_of, model))
-            if scheduler.last_probe:
-                probes.append((scheduler.last_probe.step, scheduler.last_probe.window))
-        probed.append(list(dict.fromkeys(probes)))
-    assert probed[0] == probed[1]
-    every, first = options.get("every", 10), options.get("calibrate", 20)
-    assert [step for step, _ in probed[0]] == [s for s in range(1, 41) if s <= first or s % every == 0]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -90,7 +62,7 @@ def test_steps_that_a_scaler_skips_are_not_counted(fused):
     model, loss_of = problem("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    snapshots = Snapshots(optimizer, Cadence(every=1, calibrate=0, windows=(1,)))
+    snapshots = Snapshots(optimizer, ProbeSchedule(1, 0, (1,)))
     counts = []
     for step in range(4):
         optimizer.zero_grad()
@@ -107,9 +79,9 @@ def test_frozen_parameters_take_no_memory():
     model, loss_of = problem("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     model[0].requires_grad_(False)
-    snapshots = Snapshots(optimizer, Cadence(every=1, calibrate=0, windows=(1,)))
+    snapshots = Snapshots(optimizer, ProbeSchedule(1, 0, (1,)))
     train_step(model, optimizer, loss_of)
-    assert set(snapshots._taken[0].values) == set(model[2].parameters())
+    assert set(snapshots._kept[0]) == set(model[2].parameters())
 
 
 def test_hooks_go_with_their_owner_without_the_garbage_collector():
@@ -117,7 +89,7 @@ def test_hooks_go_with_their_owner_without_the_garbage_collector():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     gc.disable()
     try:
-        snapshots = Snapshots(optimizer, Cadence(every=1, calibrate=0, windows=(1,)))
+        snapshots = Snapshots(optimizer, ProbeSchedule(1, 0, (1,)))
         assert len(optimizer._optimizer_step_pre_hooks) == 1
         gone = weakref.ref(snapshots)
         del snapshots
@@ -128,21 +100,40 @@ def test_hooks_go_with_their_owner_without_the_garbage_collector():
         gc.enable()
 
 
-@pytest.mark.parametrize(("start_sampled", "sampled"), [(False, False), (False, True), (True, True), (True, False)])
-def test_what_is_kept_from_between_goes_with_steps_that_are_taken_again(start_sampled, sampled):
-    """Whole or as samples; where only samples tell where the steps began, nothing whole can, and is dropped."""
+def test_what_is_kept_from_between_goes_with_steps_that_are_taken_again():
     parameter = torch.nn.Parameter(torch.randn(200))
-    snapshots = Snapshots(torch.optim.SGD([parameter], lr=0.1), Cadence(every=1, calibrate=0, windows=(2, 1)))
-    start, between = torch.randn(2, 200)
-    expected = start + 0.25 * (between - start)
+    snapshots = Snapshots(torch.optim.SGD([parameter], lr=0.1), ProbeSchedule(1, 0, (2, 1)))
+    start, between, end = torch.randn(2, 200).tolist(), None, parameter.detach().clone()
+    start, between = map(torch.tensor, start)
+    expected, ends = start + 0.25 * (between - start), start + 0.25 * (end - start)
     snapshots.steps = 3
-    snapshots._taken = {
-        1: Snapshot({parameter: sample(start) if start_sampled else start}, start_sampled),
-        2: Snapshot({parameter: sample(between) if sampled else between}, sampled),
-    }
-    snapshots.retake(0.25, window=2)
-    if start_sampled and not sampled:
-        assert list(snapshots._taken) == [1]
-    else:
-        kept = snapshots._taken[2].values[parameter]
-        torch.testing.assert_close(kept, sample(expected) if sampled else expected)
+    snapshots._kept = {1: {parameter: start}, 2: {parameter: between}}
+    snapshots.retake(StepLine(snapshots._kept[1], {}, window=2), 0.25)
+    torch.testing.assert_close(snapshots._kept[2][parameter], expected)
+    torch.testing.assert_close(parameter.detach(), ends)
+
+
+def test_a_tracker_tells_of_probes_that_were_given_no_closure():
+    tracker = ProbeTracker(ProbeSchedule(every_steps=5, first_steps=2, windows=(1,)))
+    assert [step for step in range(12) if tracker.window_due(step)] == [1, 2, 5, 10]
+    tracker.offered = tracker.probed = 5
+    assert tracker.window_due(5) is None
+    assert not tracker.missed(range(10))
+    assert "without a closure" in tracker.missed(range(11))
+    resumed = ProbeTracker(tracker.schedule)
+    resumed.load(tracker.state())
+    assert (resumed.probed, resumed.offered) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("every", "first", "error", "says"),
+    [
+        (0, 20, ValueError, "probe_every_steps=0: expected 1 or more"),
+        (2.5, 20, TypeError, "probe_every_steps=2.5: expected a whole number"),
+        (10, -1, ValueError, "calibration_steps=-1"),
+        (10, True, TypeError, "calibration_steps=True"),
+    ],
+)
+def test_bad_schedules(every, first, error, says):
+    with pytest.raises(error, match=says):
+        ProbeSchedule(every, first, (1,))

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7
+from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, Rule
 from autolr_fast.reference import next_lr
-from autolr_fast.scoring import NORMALIZATIONS, SCORES, check_factors, resolve_rules, weigh
+from autolr_fast.rule import NORMALIZATIONS
 
 finite_losses = st.lists(
     st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: round(x, 6)), min_size=2, max_size=9, unique=True
@@ -16,12 +16,11 @@ finite_losses = st.lists(
 
 
 def weigh_named(losses, factors, normalize="minmax", score="exp"):
-    losses = torch.tensor(losses, dtype=torch.float64)
-    return weigh(losses, factors, NORMALIZATIONS[normalize], SCORES[score])
+    return Rule(factors, score, normalize).weigh(torch.tensor(losses, dtype=torch.float64))
 
 
 def some_factors(n):
-    return [2.0 ** (k - n // 2) for k in range(n)]
+    return [2.0 ** (k - n / 2 + 0.25) for k in range(n)]
 
 
 def test_source_factors():
@@ -109,7 +108,7 @@ def test_huge_losses_do_not_underflow():
 
 
 def test_zero_score_everywhere_leaves_the_rate():
-    _, factor = weigh(torch.tensor([1.0, 2.0, 3.0]), FACTORS_3, NORMALIZATIONS["none"], torch.zeros_like)
+    _, factor = weigh_named([1.0, 2.0, 3.0], FACTORS_3, "none", torch.zeros_like)
     assert factor == 1
 
 
@@ -117,8 +116,7 @@ def test_callables():
     def best_only(x):
         return (x == x.amin()).to(x)
 
-    normalize, score = resolve_rules(lambda losses: losses**2, best_only, 3)
-    _, factor = weigh(torch.tensor([3.0, 2.0, 1.0]), FACTORS_3, normalize, score)
+    _, factor = weigh_named([3.0, 2.0, 1.0], FACTORS_3, lambda losses: losses**2, best_only)
     assert factor.item() == pytest.approx(0.5)
 
 
@@ -139,8 +137,8 @@ def test_callables():
     ],
 )
 def test_bad_factors(factors, says):
-    with pytest.raises(ValueError, match=f"factors=.*{says}"):
-        check_factors(factors)
+    with pytest.raises((TypeError, ValueError), match=f"factors=.*{says}"):
+        Rule(factors)
 
 
 @pytest.mark.parametrize(
@@ -153,20 +151,24 @@ def test_bad_factors(factors, says):
         ("score", lambda x: -x, ValueError, "none of them negative"),
         ("normalize", lambda x: x / 0, ValueError, "finite"),
         ("normalize", lambda x: None, ValueError, "returned None"),
+        ("direction", "back", ValueError, "direction='back' is not known: use 'step' or 'gradient'"),
+        ("window_steps", 0, ValueError, "window_steps=0"),
+        ("window_steps", (), ValueError, "window_steps=.* is empty"),
+        ("window_steps", (1, 2.0), TypeError, "window_steps=2.0"),
     ],
 )
 def test_bad_rules(argument, value, error, says):
     with pytest.raises(error, match=says):
-        resolve_rules(**{"normalize": "minmax", "score": "exp", argument: value}, count=3)
+        Rule(FACTORS_3, **{argument: value})
 
 
 def test_a_score_is_tried_on_what_it_will_see():
-    resolve_rules("minmax", lambda x: 1 - x, 3)
+    Rule(FACTORS_3, lambda x: 1 - x)
     with pytest.raises(ValueError, match="score=.*finite"):
-        resolve_rules("minmax", lambda x: 1 / x, 3)
+        Rule(FACTORS_3, lambda x: 1 / x)
 
 
 def test_a_negative_score_counts_as_none():
-    weights, factor = weigh(torch.tensor([1.0, 2.0, 4.0]), FACTORS_3, NORMALIZATIONS["none"], lambda x: 2 - x)
+    weights, factor = weigh_named([1.0, 2.0, 4.0], FACTORS_3, "none", lambda x: (2 - x).where(x.amax() > 3, 1.0))
     assert weights.tolist() == [1, 0, 0]
     assert factor.item() == pytest.approx(2)

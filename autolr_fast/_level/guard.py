@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Guard", "GuardState"]
+from .._arguments import check_count
+
+__all__ = ["Guard"]
 
 
 # By how much the losses must reach below all before for the level to go where it has not been:
 _CLEAR = 2.0  # standard errors, and
 _WORTH = 1e-3  # of all that they have fallen: what is left to win is worth no risk then
-
-
-class GuardState(TypedDict):
-    """What a guard goes on from: the last losses that it saw, the first, their lowest mean, and its ceiling."""
-
-    losses: list[float]
-    first: float
-    lowest: float
-    ceiling: float
 
 
 class Guard:
@@ -38,63 +31,69 @@ class Guard:
     progress is seen. Nothing here synchronises with the host.
 
     Args:
-        count: probes in a mean, fewer at first: half of those there are, from the fourth on; 0 lets the level go
-            anywhere.
+        probes: in a mean; fewer at first: half of those there are, from the fourth on. 0 for no guard.
         device: of the level.
+
+    Raises:
+        TypeError: if ``probes`` is not a whole number.
+        ValueError: if so many probes cannot guard.
 
     Example:
         >>> guard = Guard(2, torch.device("cpu"))
         >>> level = torch.tensor(1.0, dtype=torch.float64)
         >>> for loss in (4.0, 3.9, 2.0, 1.9, 2.1, 2.0):
-        ...     level *= 2
-        ...     falls = guard.hold(torch.tensor(loss), level)
+        ...     level, falls = guard.hold(2 * level, torch.tensor(loss))
         >>> level.item(), round(falls.item(), 1)  # held at the last two
         (16.0, -1.4)
     """
 
-    def __init__(self, count: int, device: torch.device):
-        self.count = count
-        self._losses = torch.zeros(2 * count, dtype=torch.float64, device=device)
+    def __init__(self, probes: int, device: torch.device):
+        check_count("guard_probes", probes, at_least=0, of="probes")
+        if probes == 1:
+            raise ValueError("guard_probes=1: one probe has no standard error; give 2 or more, or 0 for no guard")
+        self._probes = probes
+        self._losses = torch.zeros(2 * probes, dtype=torch.float64, device=device)
         self._seen = 0
         self._first = torch.full((), -math.inf, dtype=torch.float64, device=device)
         self._lowest = torch.full((), math.inf, dtype=torch.float64, device=device)
         self._ceiling = torch.zeros((), dtype=torch.float64, device=device)
 
-    def hold(self, loss: Tensor, level: Tensor) -> Tensor | None:
-        """Add the loss of a probe, and put the level back to the ceiling, in place, if it is above and may not be.
+    def hold(self, wanted: Tensor, loss: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Add the loss of a probe, and return the level that it allows.
 
         Args:
+            wanted: the level that the probe asks for, 0-dim.
             loss: 0-dim, of the candidate nearest to the step as it was taken; lower is better.
-            level: the level after the probe, 0-dim.
 
         Returns:
-            By how many standard errors the losses fall, 0-dim, not a number if one is not finite;
-            ``None`` while there are fewer than twice ``count``.
+            ``(level, falls)``: the wanted level or, if that is above and may not be, the ceiling; and by how many
+            standard errors the losses fall, 0-dim, not a number if one is not finite, ``None`` while there are
+            fewer than twice ``probes``.
         """
-        if self.count == 0:
-            return None
+        if self._probes == 0:
+            return wanted, None
         self._losses = torch.cat([self._losses[1:], loss.reshape(1).to(self._losses)])
         self._first = torch.where(self._first.isfinite() | ~loss.isfinite(), self._first, self._losses[-1])
         self._seen += 1
-        half = min(self.count, self._seen // 2)
+        half = min(self._probes, self._seen // 2)
         if half < 2:
-            self._ceiling = torch.maximum(self._ceiling, level)
-            return None
+            self._ceiling = torch.maximum(self._ceiling, wanted)
+            return wanted, None
         variances, (older, newer) = torch.var_mean(self._losses[-2 * half :].view(2, half), dim=1)
         error = (variances.sum() / half).sqrt()
         lowest = torch.minimum(self._lowest, older)
-        won = lowest - newer
-        gets_on = (won > _CLEAR * error) & (won > _WORTH * (self._first - newer))
-        self._ceiling = torch.where(gets_on, torch.maximum(self._ceiling, level), self._ceiling)
-        torch.minimum(level, self._ceiling, out=level)
-        if half < self.count:
-            return None
+        fallen = lowest - newer
+        is_new_low = (fallen > _CLEAR * error) & (fallen > _WORTH * (self._first - newer))
+        self._ceiling = torch.where(is_new_low, torch.maximum(self._ceiling, wanted), self._ceiling)
+        level = torch.minimum(wanted, self._ceiling)
+        if half < self._probes:
+            return level, None
         self._lowest = torch.where(older.isfinite(), lowest, self._lowest)
         gain = older - newer
-        return torch.where(gain == 0, gain, gain / error)
+        return level, torch.where(gain == 0, gain, gain / error)
 
-    def state(self) -> GuardState:
-        """Return what :meth:`load` takes."""
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`load` takes: the last losses, the first, their lowest mean, and the ceiling."""
         seen = self._losses[len(self._losses) - min(self._seen, len(self._losses)) :]
         return {
             "losses": seen.tolist(),
@@ -103,21 +102,16 @@ class Guard:
             "ceiling": self._ceiling.item(),
         }
 
-    def check(self, state: GuardState) -> None:
+    def check(self, state: dict[str, Any]) -> None:
         """Raise a ValueError if :meth:`load` cannot take a state; nothing is changed."""
-        if set(state) != set(GuardState.__annotations__):
+        if len(state["losses"]) > 2 * self._probes:
             raise ValueError(
-                f"state_dict is of a guard with the keys {sorted(state)}, and this version's has "
-                f"{sorted(GuardState.__annotations__)}: load it with the version of autolr_fast that saved it"
-            )
-        if len(state["losses"]) > 2 * self.count:
-            raise ValueError(
-                f"guard={self.count} keeps {2 * self.count} losses, and state_dict has {len(state['losses'])}: "
-                "give AutoLR the guard that it had when it was saved"
+                f"guard_probes={self._probes} keeps {2 * self._probes} losses, and state_dict has "
+                f"{len(state['losses'])}: give AutoLR the guard_probes that it had when it was saved"
             )
 
-    def load(self, state: GuardState) -> None:
-        """Take over what :meth:`state` returned, of a guard with the same count; :meth:`check` it first."""
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` returned, of a guard of as many probes; :meth:`check` it first."""
         losses = state["losses"]
         self._seen = len(losses)
         kept = torch.tensor(losses, dtype=torch.float64, device=self._losses.device)

@@ -24,7 +24,7 @@ def _constant(fraction: float) -> float:
 
 
 ANNEALINGS: Mapping[str, Annealing] = {"cosine": _cosine, "linear": _linear, "plateau": _constant}
-"""By name; what ``"plateau"`` multiplies by is in :meth:`autolr_fast.rates.Rates.settle`."""
+"""By name; what ``"plateau"`` multiplies by is in :meth:`autolr_fast._level.Level.follow`."""
 
 
 def resolve_annealing(anneal: str | Annealing) -> Annealing:

@@ -6,33 +6,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from .._evaluators.prober import Look
 
-__all__ = ["LOWEST_AGAIN", "Found", "Look", "search", "search_again", "steady_state"]
+__all__ = ["Found", "LookAt", "search", "search_again"]
+
+LookAt = Callable[[Sequence[float]], Look]
+"""From ratios to the step that was taken to what these candidates say."""
 
 _MAX_ROUNDS = 80  # about 10 are needed for six decades
 _WIDEST = 8  # power of the factors
 _NOISE = 0.02  # of a loss: what rounding in a forward of 16 bits makes, at most
-LOWEST_AGAIN = 1 / 2
-"""Of the level at which steps were taken, what is left at least for those after they were taken again."""
 _SHORTEST = 1e-3  # of steps that are taken again: next to where they began
 _BLOWN_UP = 4  # times as high a loss
-_CAUTION = 1 / 3  # the level after the first step, at most, in units of the rate that suits that step
-
-
-class Look(NamedTuple):
-    """One evaluation of all candidates.
-
-    Attributes:
-        factors: N of the step that was taken.
-        losses: [N] float64.
-        precision: the relative rounding error of the losses.
-    """
-
-    factors: Sequence[float]
-    losses: Tensor
-    precision: float
 
 
 class Found(NamedTuple):
@@ -42,25 +27,31 @@ class Found(NamedTuple):
         ratio: to the step that was taken.
         seen: the last look.
         rounds: looks in all.
-        unseen: whether all losses were the same, so that nothing was found.
-        lowest: the lowest loss seen (negated, of what is maximized), infinite if none was finite.
+        is_flat: whether all losses were the same.
+        cost: the lowest that was seen, infinite if none was finite.
     """
 
     ratio: float
     seen: Look
     rounds: int
-    unseen: bool
-    lowest: float
+    is_flat: bool
+    cost: float
+
+    @property
+    def why_not(self) -> str:
+        """Why nothing was found; empty if something was."""
+        if self.is_flat:
+            return (
+                "the loss is the same at every scale of the step. If the closure returns one that was computed "
+                "before, let it compute it anew, as in scheduler.step(lambda: loss_fn(model(x), y)); else the step "
+                "changed too little for the precision of the loss: start from a higher learning rate"
+            )
+        return "the loss was not finite at any scale of the step. Check the first batch and the loss" * (
+            self.cost == math.inf
+        )
 
 
-def search(
-    look: Callable[[Sequence[float]], Look],
-    factors: Sequence[float],
-    lowest: float,
-    highest: float,
-    *,
-    maximize: bool = False,
-) -> Found:
+def search(look: LookAt, factors: Sequence[float], lowest: float, highest: float) -> Found:
     """Go to the best candidate seen until none is better: a pattern search over the logarithm of the ratio.
 
     The candidates lie further apart each round while the best one is at the edge of what was seen, and closer and
@@ -73,52 +64,45 @@ def search(
         factors: the candidates of a round are ``ratio * factors ** power``.
         lowest: smallest ratio.
         highest: largest ratio.
-        maximize: whether a higher loss is better.
 
     Example:
+        >>> import torch
         >>> def look(ratios):  # the best ratio is 8000
         ...     losses = torch.tensor([(ratio / 8000 - 1) ** 2 for ratio in ratios])
-        ...     return Look(ratios, losses, precision=1e-7)
+        ...     return Look(ratios, losses, costs=losses, precision=1e-7)
         >>> found = search(look, (2.0, 0.5), 1e-6, 1e6)
         >>> round(found.ratio), found.rounds
         (8000, 7)
     """
     widest = max(factors)
-    known: dict[float, float] = {}  # ratio -> its loss
+    known: dict[float, float] = {}  # ratio -> its cost
     ratio = centre = 1.0  # where is looked, and where the best was
     power = leap = rounds = 1
     while True:
         seen = look(tuple(ratio * factor**power for factor in factors))
-        losses = (-seen.losses if maximize else seen.losses).tolist()
-        known.update(zip(seen.factors, (x if math.isfinite(x) else math.inf for x in losses), strict=True))
+        costs = (cost if math.isfinite(cost) else math.inf for cost in seen.costs.tolist())
+        known.update(zip(seen.factors, costs, strict=True))
         best = _best(known)
-        unseen = _are_equal(known.values(), seen.precision)
+        is_flat = _are_equal(known.values(), seen.precision)
         if rounds == _MAX_ROUNDS:
             break
-        if not unseen and best != centre and lowest <= best <= highest:  # better: go on from there
+        if not is_flat and best != centre and lowest <= best <= highest:  # better: go on from there
             power = min(2 * power, _WIDEST) if best in (min(known), max(known)) else max(power // 2, 1)
             ratio = centre = best
-        elif not unseen and ratio == centre and power > 1:  # no better: look closer
+        elif not is_flat and ratio == centre and power > 1:  # no better: look closer
             power //= 2
         elif widest > 1 and max(known) < highest and not _has_risen(known, best):  # it may be, further up
             ratio, power = max(known) * widest ** (3 * leap), leap
             leap = min(2 * leap, _WIDEST // 2)
-        elif widest > 1 and unseen and min(known) > lowest:  # or further down, if the loss has saturated
+        elif widest > 1 and is_flat and min(known) > lowest:  # or further down, if the loss has saturated
             ratio, power = min(known) / widest ** (3 * leap), leap
         else:
             break
         rounds += 1
-    return Found(min(max(_vertex(known, best), lowest), highest), seen, rounds, unseen, known[best])
+    return Found(min(max(_vertex(known, best), lowest), highest), seen, rounds, is_flat, known[best])
 
 
-def search_again(
-    look: Callable[[Sequence[float]], Look],
-    factors: Sequence[float],
-    loss: float,
-    before: float,
-    *,
-    maximize: bool = False,
-) -> Found | None:
+def search_again(look: LookAt, factors: Sequence[float], cost: float, before: float) -> Found | None:
     """Find how long the last steps had better been, if the loss blew up in them.
 
     A rate that suits the first step may be far too high for the fifth, and then each step multiplies the loss; no
@@ -127,22 +111,20 @@ def search_again(
     Args:
         look: from factors of the steps to what these candidates say.
         factors: those of the search.
-        loss: about where the steps ended (negated, of what is maximized): what tells whether to look at all.
+        cost: about where the steps ended: what tells whether to look at all.
         before: the lowest of earlier steps, with other batches.
-        maximize: whether a higher loss is better.
 
     Returns:
         ``None`` if the loss did not blow up, with this batch, from where the steps began to where they ended, or is
         not finite where they began.
     """
-    if not _has_blown_up(loss, before):
+    if not _has_blown_up(cost, before):
         return None
-    ends = look((1.0, _SHORTEST)).losses
-    ended, began = (-ends if maximize else ends).tolist()
+    ended, began = look((1.0, _SHORTEST)).costs.tolist()
     if not (math.isfinite(began) and _has_blown_up(ended, began)):
         return None
-    found = search(look, factors, _SHORTEST, 1.0, maximize=maximize)
-    best = found if found.lowest < began else found._replace(ratio=_SHORTEST, lowest=began)
+    found = search(look, factors, _SHORTEST, 1.0)
+    best = found if found.cost < began else found._replace(ratio=_SHORTEST, cost=began)
     return best._replace(rounds=found.rounds + 1)
 
 
@@ -178,19 +160,3 @@ def _vertex(known: Mapping[float, float], best: float) -> float:
     falls, rises = (known[below] - known[best]) / down, (known[above] - known[best]) / up
     shift = (falls * up - rises * down) / (2 * (falls + rises)) if falls + rises else 0.0
     return best + shift if math.isfinite(shift) else best
-
-
-def steady_state(optimizer: torch.optim.Optimizer, warm: bool) -> float:
-    """Return how much smaller the level should be at first than the rate that suits the first step.
-
-    What suits the first step is too much for the next ones: its loss is the easiest to lower. A start too high may
-    lose the network; one too low is made good by the next probes. With SGD's momentum, whose buffer is empty at
-    first, later steps are 1 / (1 - momentum) times longer besides, and steadier; Adam corrects the bias of its
-    first steps.
-
-    Args:
-        optimizer: SGD has ``dampening``, and others with a momentum have not.
-        warm: whether the buffers held something before that step, as they do in a training that goes on.
-    """
-    momenta = [group["momentum"] for group in optimizer.param_groups if "dampening" in group]
-    return 1.0 if warm else min(_CAUTION, 1.0 - max(momenta, default=0.0))

@@ -1,13 +1,12 @@
-"""Checks of what AutoLR is given: an error names the argument, the value and the remedy."""
+"""Checks of arguments: an error names the argument, the value and the remedy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
-__all__ = ["check_count", "check_fraction", "check_guard", "check_limits", "check_optimizer", "check_windows"]
+__all__ = ["check_count", "check_fraction", "check_limits", "check_optimizer"]
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -50,37 +49,17 @@ def check_fraction(name: str, value: object, of: str) -> None:
         raise ValueError(f"{name}={value!r}: expected a fraction of {of}, 0 to 1")
 
 
-def check_windows(window: int | Sequence[int]) -> tuple[int, ...]:
-    """Return one window or several as a tuple.
+def check_limits(lr_limits: object) -> tuple[float, float]:
+    """Return the lowest and the highest learning rate.
 
     Raises:
-        TypeError: if one is not a whole number.
-        ValueError: if there is none, or one is less than 1.
+        ValueError: if they do not bound anything.
     """
-    windows = tuple(window) if isinstance(window, Sequence) else (window,)
-    if not windows:
-        raise ValueError(f"window={window!r} is empty: give one number of optimizer steps, or several")
-    for count in windows:
-        check_count("window", count, at_least=1)
-    return windows
-
-
-def check_guard(guard: int, settles: bool, total_steps: int | None) -> None:
-    """Raise a TypeError or ValueError if so many probes cannot guard, or plateaus are not seen or not needed."""
-    check_count("guard", guard, at_least=0, of="probes")
-    if guard == 1:
-        raise ValueError("guard=1: one probe has no standard error; give 2 or more, or 0 for no guard")
-    if settles and guard == 0:
-        raise ValueError("guard=0 sees no plateau, and anneal='plateau' needs to: give 2 or more probes")
-    if settles and total_steps is not None:
+    limits = tuple(lr_limits) if isinstance(lr_limits, (tuple, list)) else ()
+    numbers = len(limits) == 2 and all(isinstance(limit, (int, float)) for limit in limits)
+    if not numbers or not 0 < limits[0] <= limits[1] < math.inf:
         raise ValueError(
-            f"total_steps={total_steps} with anneal='plateau', which is for trainings whose length is not known: "
-            "leave total_steps out, or anneal by 'cosine'"
+            f"lr_limits={lr_limits!r}: give the lowest and the highest learning rate, 0 < lowest <= highest, "
+            "both finite"
         )
-
-
-def check_limits(min_lr: float, max_lr: float) -> None:
-    """Raise a ValueError if two learning rates do not bound anything."""
-    limits = (min_lr, max_lr)
-    if not all(isinstance(limit, (int, float)) for limit in limits) or not 0 < min_lr <= max_lr < math.inf:
-        raise ValueError(f"min_lr={min_lr!r}, max_lr={max_lr!r}: need numbers, 0 < min_lr <= max_lr, both finite")
+    return float(limits[0]), float(limits[1])

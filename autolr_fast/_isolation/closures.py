@@ -1,0 +1,44 @@
+"""The user's closure: what it returns, and what it may not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["CALLED_BACKWARD", "REMEDY", "Closure", "ClosureError", "scalar_loss"]
+
+Closure = Callable[[], Tensor]
+"""Returns the scalar loss of one batch; does not call backward."""
+
+REMEDY = "write it as `lambda: loss_fn(model(x), y)`"
+CALLED_BACKWARD = (
+    f"closure called backward(); a probe only needs the loss: {REMEDY} and keep zero_grad(), backward() and "
+    "optimizer.step() outside"
+)
+
+
+class ClosureError(TypeError):
+    """The closure is not one: it returns no scalar loss, no two alike, or calls backward or the optimizer."""
+
+
+def scalar_loss(closure: Closure) -> Tensor:
+    """Call the closure and return its loss as a 0-dim tensor, or say what is wrong with it."""
+    try:
+        loss = closure()
+    except RuntimeError as error:
+        if not torch.is_grad_enabled() and "does not require grad" in str(error):
+            raise ClosureError(CALLED_BACKWARD) from error
+        raise
+    if not isinstance(loss, Tensor):
+        raise ClosureError(
+            f"closure returned {loss!r} ({type(loss).__name__}), not a loss tensor: {REMEDY}, without .item()"
+        )
+    if loss.numel() != 1:
+        raise ClosureError(
+            f"closure returned a tensor of shape {list(loss.shape)}, not a scalar: reduce it, e.g. .mean()"
+        )
+    if not loss.is_floating_point():
+        raise ClosureError(f"closure returned a {loss.dtype} tensor: a loss is a real floating-point number")
+    return loss.reshape(())

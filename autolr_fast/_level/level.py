@@ -1,0 +1,219 @@
+"""The level, and the learning rates that follow from it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._arguments import check_count, check_limits
+from .annealing import Annealing, check_multiplier, resolve_annealing
+from .guard import Guard
+
+__all__ = ["Level"]
+
+_SHRINKAGE = 0.8  # what a probe without progress leaves of the learning rate, under anneal="plateau"
+_PROGRESS = 1.0  # standard errors by which the loss must fall to be progress
+_LOWEST_RETAKEN = 1 / 2  # of the level, what steps that are taken again leave at least
+
+
+class Level:
+    """Learning rates of all param groups from one level: ``lr = base * level * anneal(step / total_steps)``.
+
+    Nothing else writes the level or the learning rates. The level is one number for all groups, in units of each
+    group's base. The limits hold the level as a whole, so the groups keep their ratios there too. Where learning
+    rates are tensors, the level is on their device, and following a probe needs no host synchronisation.
+
+    Args:
+        optimizer: its ``param_groups`` are read and written; tensor learning rates are filled, never replaced.
+        anneal: as in :class:`~autolr_fast.AutoLR`.
+        total_steps: optimizer steps of the whole training; ``None`` for a multiplier of 1.
+        lr_limits: lowest and highest learning rate of any group.
+        guard_probes: as in :class:`~autolr_fast.AutoLR`.
+
+    Attributes:
+        base: learning rate of each group at level 1.
+        value: the level, 0-dim float64.
+        total_steps: as given.
+
+    Raises:
+        TypeError: if an argument is of a kind that cannot be meant.
+        ValueError: if a learning rate is not a positive number within the limits, or an argument cannot be meant.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        anneal: str | Annealing,
+        total_steps: int | None,
+        lr_limits: tuple[float, float],
+        guard_probes: int,
+    ):
+        if total_steps is not None:
+            check_count("total_steps", total_steps, at_least=1)
+        self._optimizer = optimizer
+        self._annealing = resolve_annealing(anneal)
+        self.total_steps = total_steps
+        self._lr_limits = check_limits(lr_limits)
+        self._on_plateaus = anneal == "plateau"
+        if self._on_plateaus and guard_probes == 0:
+            raise ValueError("guard_probes=0 sees no plateau, and anneal='plateau' needs to: give 2 or more probes")
+        if self._on_plateaus and total_steps is not None:
+            raise ValueError(
+                f"total_steps={total_steps} with anneal='plateau', which is for trainings whose length is not "
+                "known: leave total_steps out, or anneal by 'cosine'"
+            )
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self.base: list[float] = []
+        for rate in rates:
+            self._append(rate, scale=1.0)
+        devices = {rate.device if isinstance(rate, Tensor) else torch.device("cpu") for rate in rates}
+        device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+        self.value = torch.ones((), dtype=torch.float64, device=device)
+        self._plateau = torch.ones_like(self.value)  # what plateaus have left of the learning rate
+        self._guard = Guard(guard_probes, device)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Lowest and highest level (annealing included) at which every group is within its limits."""
+        lowest, highest = self._lr_limits
+        return lowest / min(self.base), highest / max(self.base)
+
+    def multiplier(self, step: int) -> float:
+        """Return what annealing multiplies the level by after ``step`` optimizer steps."""
+        if self.total_steps is None:
+            return 1.0
+        fraction = min(1.0, step / self.total_steps)
+        multiplier = self._annealing(fraction)
+        check_multiplier(self._annealing, fraction, multiplier)
+        return float(multiplier)
+
+    def annealed(self, step: int) -> Tensor | float:
+        """Return the level after ``step`` optimizer steps, annealed and within the limits.
+
+        Returns:
+            A number if the level is on the CPU, where one is had at a tenth of the time; else 0-dim.
+        """
+        level, plateau = (each.item() if each.is_cpu else each for each in (self.value, self._plateau))
+        return _within(level * plateau * self.multiplier(step), *self.limits)
+
+    def start_at(self, value: Tensor | float) -> None:
+        """Begin at a level that was searched for."""
+        self._set(torch.as_tensor(value, dtype=torch.float64, device=self.value.device))
+
+    def follow(self, factor: Tensor, loss: Tensor, step: int, retaken: float | None = None) -> None:
+        """Move the level by what a probe found, as far as the guard lets it go.
+
+        Args:
+            factor: 0-dim; its logarithm is scaled by the annealing multiplier, so that the level does not climb
+                against it.
+            loss: 0-dim, of the candidate nearest to the step as it was taken; lower is better.
+            step: optimizer steps done.
+            retaken: at how many times their rate the last steps were taken again, if they were: the level falls as
+                much, to half at most.
+        """
+        before = self.value
+        wanted = (before * factor ** self.multiplier(step)).clamp(*self.limits)
+        level, falls = self._guard.hold(wanted, loss)
+        if retaken is not None:
+            level = torch.minimum(level, before * max(retaken, _LOWEST_RETAKEN))
+        elif self._on_plateaus:
+            # The less is left of the learning rate, the less the level moves.
+            level = before * (level / before) ** self._plateau
+            if falls is not None:
+                self._plateau = torch.where(falls <= _PROGRESS, _SHRINKAGE * self._plateau, self._plateau)
+        self._set(level)
+
+    def apply(self, step: int) -> None:
+        """Write the learning rates after ``step`` optimizer steps into the param groups."""
+        annealed = self.annealed(step)
+        for group, base in zip(self._optimizer.param_groups, self.base, strict=True):
+            lr = _within(base * annealed, *self._lr_limits)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def overrun(self, step: int) -> str:
+        """Return what to tell the user if ``step`` is past the end of annealing."""
+        if self.total_steps is None or step <= self.total_steps:
+            return ""
+        return (
+            f"training goes on past total_steps={self.total_steps}, where annealing has ended and the learning "
+            "rate is at its lowest: pass the number of optimizer steps of the whole training"
+        )
+
+    def rates(self) -> list[float | Tensor]:
+        """Return the learning rates in the param groups; tensors as copies."""
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+    def add_new_groups(self, step: int) -> None:
+        """Give groups that were added to the optimizer a base: from now on their ratio to the others holds."""
+        groups = self._optimizer.param_groups
+        if len(groups) < len(self.base):
+            raise ValueError(
+                f"the optimizer has {len(groups)} param groups and had {len(self.base)}: groups can be added, not "
+                "removed; freeze their parameters with requires_grad_(False) instead"
+            )
+        for group in groups[len(self.base) :]:
+            self._append(group["lr"], scale=float(self.annealed(step)))
+            group.setdefault("initial_lr", self.base[-1])
+
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`load` takes: plain values."""
+        return {
+            "base_lrs": list(self.base),
+            "value": self.value.item(),
+            "plateau": self._plateau.item(),
+            "guard": self._guard.state(),
+        }
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError if :meth:`load` cannot take a state; nothing is changed."""
+        groups, saved = len(self._optimizer.param_groups), len(state["base_lrs"])
+        if saved != groups:
+            raise ValueError(
+                f"state_dict is of {saved} param groups and the optimizer has {groups}: give the optimizer the "
+                "same groups before loading"
+            )
+        self._guard.check(state["guard"])
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` returned; :meth:`check` it first."""
+        self.base[:] = state["base_lrs"]
+        self.value = torch.full_like(self.value, state["value"])
+        self._plateau = torch.full_like(self._plateau, state["plateau"])
+        self._guard.load(state["guard"])
+
+    def _set(self, level: Tensor) -> None:
+        self.value = level.clamp(*self.limits)
+
+    def _append(self, rate: float | Tensor, scale: float) -> None:
+        index = len(self.base)
+        if isinstance(rate, Tensor):
+            if rate.numel() != 1:
+                raise ValueError(f"lr of param group {index} has shape {list(rate.shape)}: use a 0-dim tensor")
+            if rate.requires_grad or rate.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"lr of param group {index} is a {rate.dtype} tensor with requires_grad={rate.requires_grad}: "
+                    "it is written in place, so use a float32 or float64 one that requires no gradient"
+                )
+        value = float(rate)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"lr={value} of param group {index} is not positive and finite: give it any positive rate; to "
+                "freeze its parameters use requires_grad_(False) as well"
+            )
+        if not self._lr_limits[0] <= value <= self._lr_limits[1]:
+            raise ValueError(
+                f"lr={value} of param group {index} is outside lr_limits={self._lr_limits}: change lr or the limits"
+            )
+        self.base.append(value / scale)
+
+
+def _within(value: Tensor | float, lowest: float, highest: float) -> Tensor | float:
+    """Return the value, or the limit that it is beyond."""
+    return value.clamp(lowest, highest) if isinstance(value, Tensor) else min(max(value, lowest), highest)

@@ -1,0 +1,1 @@
+"""What this machine has: memory, time, other ranks; and a word with the user."""

@@ -1,0 +1,54 @@
+"""What a ``state_dict`` says of itself, and what is said of one that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from . import __version__
+
+__all__ = ["HEADER", "complete"]
+
+HEADER: Mapping[str, Any] = {"version": 1, "saved_by": f"autolr_fast {__version__}"}
+"""Of every state: the version of its form, and who saved it. A new key gets a default in who reads it."""
+
+
+def complete(state: object, expected: Mapping[str, Any], defaults: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Return a state with a default for each key that an earlier version had not.
+
+    Args:
+        state: what the user gives.
+        expected: a state of the one that reads; its keys count, and those of dicts inside of it that are not empty.
+        defaults: for keys that came later than version 1.
+        owner: the class, for errors.
+
+    Raises:
+        TypeError: if the state is not a dict.
+        ValueError: if a key is missing that has no default, or one is not known; says which version saved it.
+    """
+    if not isinstance(state, dict):
+        raise TypeError(f"state_dict={state!r}: pass what {owner}.state_dict() returned")
+    filled = {**defaults, **state}
+    if fault := _fault(filled, expected):
+        saved_by = f"{state.get('saved_by', 'something else')}, version {state.get('version', 'unknown')}"
+        raise ValueError(
+            f"state_dict {fault}: it was saved by {saved_by}, and this is {HEADER['saved_by']}, version "
+            f"{HEADER['version']}. Give {owner} the arguments that it was saved with, or load it by the version "
+            "that saved it"
+        )
+    return filled
+
+
+def _fault(state: Mapping[str, Any], expected: Mapping[str, Any], path: str = "") -> str:
+    """Return what is wrong with the keys of a state; nothing if they fit."""
+    for key in sorted(set(expected) - set(state)):
+        return f"has no {path + key!r}"
+    for key in sorted(set(state) - set(expected)):
+        return f"has {path + key!r}, which is not known here"
+    for key, value in expected.items():
+        if isinstance(value, dict) and value:
+            if not isinstance(state[key], dict):
+                return f"has {state[key]!r} as {path + key!r}"
+            if fault := _fault(state[key], value, f"{path}{key}."):
+                return fault
+    return ""

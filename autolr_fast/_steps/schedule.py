@@ -1,0 +1,120 @@
+"""Which optimizer steps are probed, and over how many steps back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._arguments import check_count
+
+__all__ = ["ProbeSchedule", "ProbeTracker", "windows_for"]
+
+
+@dataclass(frozen=True)
+class ProbeSchedule:
+    """Says for each optimizer step whether it is probed, and over how many steps back.
+
+    Args:
+        every_steps: the step of each multiple is probed, up to ``last_step``; ``None`` for none of them.
+        first_steps: as many of the first steps are all probed.
+        windows: optimizer steps that a line spans; they take turns.
+        last_step: with a multiple of ``every_steps`` to be probed.
+
+    Raises:
+        TypeError: if a number of steps is not a whole number.
+        ValueError: if one is too small.
+
+    Example:
+        >>> schedule = ProbeSchedule(every_steps=10, first_steps=3, windows=(1, 2), last_step=40)
+        >>> {step: window for step in range(1, 99) if (window := schedule.window_at(step))}
+        {1: 1, 2: 2, 3: 1, 10: 2, 20: 1, 30: 2, 40: 1}
+        >>> {step: windows for step in range(99) if (windows := schedule.windows_from(step))}
+        {0: [1, 2], 2: [1], 8: [2], 19: [1], 28: [2], 39: [1]}
+    """
+
+    every_steps: int | None
+    first_steps: int
+    windows: Sequence[int]
+    last_step: float = math.inf
+
+    def __post_init__(self) -> None:
+        check_count("calibration_steps", self.first_steps, at_least=0)
+        if self.every_steps is not None:
+            check_count("probe_every_steps", self.every_steps, at_least=1)
+
+    def window_at(self, step: int) -> int | None:
+        """Return the window of the probe after ``step`` optimizer steps, or ``None`` if there is none."""
+        if 1 <= step <= self.first_steps:
+            turn = step - 1
+        elif self.every_steps and 1 <= step <= self.last_step and step % self.every_steps == 0:
+            turn = step // self.every_steps
+        else:
+            return None
+        return min(self.windows[turn % len(self.windows)], step)
+
+    def windows_from(self, step: int, now: int | None = None) -> list[int]:
+        """Return the windows of the probes after ``now`` (default: ``step``) that open after ``step`` steps."""
+        first = step + 1 if now is None else now + 1
+        return [m - step for m in range(first, step + max(self.windows) + 1) if self.window_at(m) == m - step]
+
+
+class ProbeTracker:
+    """Knows which of the scheduled probes were made, and which were missed.
+
+    Args:
+        schedule: says which steps are to be probed.
+
+    Attributes:
+        schedule: as given.
+        probed: the last step that was probed.
+        offered: the last step whose probe was given a closure, probed or not.
+    """
+
+    def __init__(self, schedule: ProbeSchedule):
+        self.schedule = schedule
+        self.probed = 0
+        self.offered = 0
+
+    def window_due(self, step: int) -> int | None:
+        """Return the window of the probe that is to be made now; ``None`` if there is none, or it was made."""
+        return None if step == self.probed else self.schedule.window_at(step)
+
+    def missed(self, steps: range) -> str:
+        """Return what to tell the user if one of these steps was to be probed and was given no closure."""
+        if not any(step > self.offered and self.schedule.window_at(step) for step in steps):
+            return ""
+        return (
+            "a probe was due, but scheduler.step was called without a closure, or not after every "
+            "optimizer.step(): the learning rate was not searched. Call "
+            "scheduler.step(lambda: loss_fn(model(x), y)) after every optimizer.step()."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`load` takes."""
+        return {"probed": self.probed, "offered": self.offered}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` returned."""
+        self.probed, self.offered = state["probed"], state["offered"]
+
+
+def windows_for(
+    optimizer: torch.optim.Optimizer, window_steps: int | Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Return the windows asked for, or those that suit the optimizer.
+
+    These are 2 for plain SGD, 1 and 2 in turn for SGD with momentum, and 1 and 3 for others.
+
+    Near the highest rate that it bears, plain SGD crosses its steepest valley at each step, and one step alone then
+    looks too long; over two the crossings cancel, and what is left is the progress. With other optimizers no line
+    alone is best on all networks, so they take turns; the longer the second, the lower they settle.
+    """
+    if window_steps is not None:
+        return (window_steps,) if isinstance(window_steps, int) else tuple(window_steps)
+    if not all("dampening" in group for group in optimizer.param_groups):  # not SGD
+        return (1, 3)
+    return (2,) if all(group["momentum"] == 0 for group in optimizer.param_groups) else (1, 2)
