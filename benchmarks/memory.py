@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from autolr_fast import EVALUATORS, FACTORS_7, AutoLR, EvaluatorError
+from autolr_fast import FACTORS_7, AutoLR
+from autolr_fast._evaluators import EVALUATORS, EvaluatorError
 
 from . import device, resident
 from .baselines import BASELINES
@@ -32,7 +33,7 @@ __all__ = ["Seen", "about", "main", "measure", "measure_apart", "watch"]
 
 MODELS = ("wide mlp", "resnet18")
 FACTORS = FACTORS_7
-TRAININGS = ("plain training", "training with AutoLR(evaluator='streamed')")
+TRAININGS = ("plain training", "training with AutoLR")
 _STEPS = 6
 _CLEAR = Path("/proc/self/clear_refs")
 _RESETS = os.access(_CLEAR, os.W_OK)
@@ -145,10 +146,8 @@ def watch(run: Callable[[], Any]) -> Seen:
 
 
 def train(problem: Problem, probing: bool) -> None:
-    """Train a few steps, most of them probed if AutoLR is there."""
-    scheduler = None
-    if probing:
-        scheduler = AutoLR(problem.optimizer, problem.model, every=2, calibrate=3, evaluator="streamed")
+    """Train a few steps, all of them probed if AutoLR is there."""
+    scheduler = AutoLR(problem.optimizer, problem.model) if probing else None
     for _ in range(_STEPS):
         problem.train()
         if scheduler:

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from autolr_fast import EVALUATORS
+from autolr_fast._evaluators import EVALUATORS
 
 from .baselines import BASELINES, REFERENCE
 from .tables import Rows, source_over
@@ -16,7 +16,7 @@ __all__ = ["PICTURES", "memory", "probe", "tree"]
 
 # One colour a method, in every picture.
 _COLOURS = {"auto": "#111111", "inplace": "#56b4e9", "stacked": "#0072b2", "streamed": "#009e73",
-            "folded": "#d55e00", "graphed": "#e69f00", "batched": "#0072b2", "sequential": "#009e73",
+            "graphed": "#e69f00", "batched": "#0072b2", "sequential": "#009e73",
             "deep copies": "#b0b0b0", REFERENCE: "#707070"}  # fmt: skip
 _FLOOR = "N plain forwards"
 

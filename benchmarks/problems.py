@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autolr_fast.candidates import StepLine
+from autolr_fast._steps import StepLine
 from autolr_fast.demo import network
 
 from .models import CharacterTransformer, mlp, wide_mlp

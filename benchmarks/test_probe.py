@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from autolr_fast import EVALUATORS, FACTORS_3, FACTORS_5, FACTORS_7, EvaluatorError
+from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7
+from autolr_fast._evaluators import EVALUATORS, EvaluatorError
 
 from .baselines import BASELINES, line_search
 from .conftest import Refusals

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from autolr_fast.scoring import Rule
+from autolr_fast.rule import Transform
 
 __all__ = ["RULES"]
 
 _STAY = 0.01  # what the unscaled step weighs: as much as one that lowers the loss by 1 %
 
 
-def _softmax(temperature: float) -> Rule:
+def _softmax(temperature: float) -> Transform:
     return lambda losses: torch.softmax(-losses / temperature, 0)
 
 
@@ -31,7 +31,7 @@ def _improvement(losses: Tensor) -> Tensor:
     return gain
 
 
-RULES: Mapping[str, tuple[str | Rule, str | Rule]] = {
+RULES: Mapping[str, tuple[str | Transform, str | Transform]] = {
     "minmax": ("minmax", "exp"),
     "zscore": ("zscore", "exp"),
     "sum": ("sum", "exp"),
@@ -40,4 +40,4 @@ RULES: Mapping[str, tuple[str | Rule, str | Rule]] = {
     "rank": (_rank, "exp"),
     "improvement": ("none", _improvement),
 }
-"""``normalize`` and ``score`` of :class:`autolr_fast.AutoLR` by name; a softmax has its temperature behind it."""
+"""``normalize`` and ``score`` of :class:`autolr_fast.Rule` by name; a softmax has its temperature behind it."""

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 import autolr_fast
-from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR
+from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR, Rule
 from autolr_fast.demo import BASELINES
 
 from .. import resident
@@ -182,15 +182,18 @@ class Run:
             return BASELINES[args.scheduler](self.optimizer, self.total_steps)
         chosen: dict[str, Any] = {"evaluator": args.evaluator}
         if args.every is not None:
-            chosen["every"] = self.batches.per_epoch if args.every == "epoch" else args.every
+            chosen["probe_every_steps"] = self.batches.per_epoch if args.every == "epoch" else args.every
+        if args.calibrate is not None:
+            chosen["calibration_steps"] = args.calibrate
+        rule: dict[str, Any] = {"factors": FACTORS_3, "window_steps": 1} if args.scheduler == "paper" else {}
         if args.factors is not None:
-            chosen["factors"] = FACTORS[args.factors]
+            rule["factors"] = FACTORS[args.factors]
         if args.score is not None:
-            chosen["normalize"], chosen["score"] = RULES[args.score]
-        for name in ("direction", "calibrate"):
-            if (value := getattr(args, name)) is not None:
-                chosen[name] = value
+            rule["normalize"], rule["score"] = RULES[args.score]
+        if args.direction is not None:
+            rule["direction"] = args.direction
         try:
+            chosen["rule"] = Rule(**rule)
             if args.scheduler == "paper":
                 return AutoLR.paper(self.optimizer, self.model, **chosen)
             return AutoLR(self.optimizer, self.model, total_steps=self.total_steps, **chosen)

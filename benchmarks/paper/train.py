@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from autolr_fast import EVALUATORS
+from autolr_fast._evaluators import EVALUATORS
 from autolr_fast.demo import BASELINES
 
 from .data import DataError

@@ -361,7 +361,7 @@ def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
         "seeds; then from the lowest to the highest start that gives at most one point or one % less, in decades. "
         "In the head of a column stands that best cosine and its rate; its own line is what the grid as a whole "
         f"gives. AutoLR starts from {starts}. Extra time is that of the scheduler's step; its hooks in the "
-        "optimizer's step, which are not in it, take 0.3 % (transformer) to 4 % (Friedman) besides.",
+        "optimizer's step, a few microseconds and the copies of open windows, are not in it.",
         "",
     ]
     for optimizer in OPTIMIZERS:

@@ -6,22 +6,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR
-from autolr_fast.annealing import ANNEALINGS
-from autolr_fast.calibration import Look, steady_state
-from autolr_fast.candidates import Line, candidate_parameters
-from autolr_fast.isolation import Closure
-from autolr_fast.snapshots import Cadence
+from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR, Rule
+from autolr_fast._calibration import start_ratio
+from autolr_fast._calibration.search import LookAt
+from autolr_fast._evaluators import Look
+from autolr_fast._isolation import Closure
+from autolr_fast._level.annealing import ANNEALINGS
+from autolr_fast._steps import Line, ProbeSchedule, candidate_parameters
 
 __all__ = ["VARIANTS", "method_with"]
 
 _WARM = 0.3
 
 
-class _Both(Cadence):
+class _Both(ProbeSchedule):
     """Keeps what the lines of all windows need at every probe, where else they take turns."""
 
     def windows_from(self, step: int, now: int | None = None) -> list[int]:
@@ -44,12 +44,12 @@ class Started(AutoLR):
         self._caution = caution
         self._power = power
 
-    def _search(self, line: Line, closure: Closure) -> tuple[int, Look, Tensor]:
-        found = super()._search(line, closure)
-        if self._searched:
+    def _search(self, line: Line, look: LookAt) -> tuple[Look, Tensor, int]:
+        found = super()._search(line, look)
+        if not self._calibration.is_searching(1):
             momentum = self.optimizer.param_groups[0].get("momentum", 0.0)
-            ratio = self._caution * (1 - momentum) ** self._power / steady_state(self.optimizer, warm=False)
-            self._rates.set_level(self._rates.level * ratio)
+            ratio = self._caution * (1 - momentum) ** self._power / start_ratio(self.optimizer, began_warm=False)
+            self._level.start_at(self._level.value * ratio)
         return found
 
 
@@ -66,15 +66,15 @@ class Leashed(AutoLR):
         self._anchor = 0.0
 
     def _probe(self, closure: Closure, window: int, now: int) -> None:
-        searched = self._searched
+        searching = self._calibration.is_searching(now)
         super()._probe(closure, window, now)
-        level = math.log(self._rates.level.item())
-        if not searched:
+        level = math.log(self._level.value.item())
+        if searching:
             self._anchor = level
-        elif self._probed_step == now:
-            drawn = self._leash * (self._anchor - level) * self._rates.multiplier(now)
-            self._rates.set_level(math.exp(level + drawn))
-            self._rates.apply(now)
+        elif self._tracker.probed == now:
+            drawn = self._leash * (self._anchor - level) * self._level.multiplier(now)
+            self._level.start_at(math.exp(level + drawn))
+            self._level.apply(now)
 
 
 class Combined(AutoLR):
@@ -87,27 +87,24 @@ class Combined(AutoLR):
     def __init__(self, *args: Any, combine: Callable[[Sequence[float]], float], **options: Any):
         super().__init__(*args, **options)
         self._combine = combine
-        self._cadence = _Both(**vars(self._cadence))
-        self._snapshots._cadence = self._cadence
+        self._tracker.schedule = self._snapshots._schedule = _Both(**vars(self._tracker.schedule))
 
     def _probe(self, closure: Closure, window: int, now: int) -> None:
-        if not self._searched:
+        if self._calibration.is_searching(now):
             super()._probe(closure, 1, now)
             return
-        parameters = candidate_parameters(self.model, self.optimizer)
-        names: dict[nn.Parameter, str] = {parameter: name for name, parameter in parameters.items()}
+        names = candidate_parameters(self._prober.model, self.optimizer)
         said = []
-        for span in sorted({min(each, now) for each in self._cadence.windows}):
-            line = self._snapshots.line(self.optimizer, span, names)
+        for span in sorted({min(each, now) for each in self._tracker.schedule.windows}):
+            line = self._snapshots.line(span, names)
             if line is not None:
-                scratch = torch.ones_like(self._rates.level)
-                self._follow(self._look(line, self.factors, closure).losses, scratch)
-                said.append(math.log(scratch.item()))
-        moved = self._combine(said) * self._rates.multiplier(now)
-        self._rates.set_level(self._rates.level * math.exp(moved))
-        self._probed_step = now
+                _, factor = self._rule.weigh(self._prober.look(line, closure, self._rule.factors).costs)
+                said.append(math.log(factor.item()))
+        moved = self._combine(said) * self._level.multiplier(now)
+        self._level.start_at(self._level.value * math.exp(moved))
+        self._tracker.probed = now
         self._snapshots.drop_used()
-        self._rates.apply(now)
+        self._level.apply(now)
 
 
 def _mean(said: Sequence[float]) -> float:
@@ -129,38 +126,44 @@ def _warmed_up(fraction: float) -> float:
 
 VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "as the source": (AutoLR.paper, {}),
-    "not calibrated": (AutoLR, {"calibrate": 0}),
-    "one step calibrated": (AutoLR, {"calibrate": 1}),
-    "five steps calibrated": (AutoLR, {"calibrate": 5}),
-    "ten steps calibrated": (AutoLR, {"calibrate": 10}),
-    "calibration alone": (AutoLR, {"calibrate": 1, "every": None}),
-    "calibration alone, 20 steps": (AutoLR, {"every": None}),
+    "not calibrated": (AutoLR, {"calibration_steps": 0}),
+    "one step calibrated": (AutoLR, {"calibration_steps": 1}),
+    "five steps calibrated": (AutoLR, {"calibration_steps": 5}),
+    "ten steps calibrated": (AutoLR, {"calibration_steps": 10}),
+    "calibration alone": (AutoLR, {"calibration_steps": 1, "probe_every_steps": None}),
+    "calibration alone, 20 steps": (AutoLR, {"probe_every_steps": None}),
     "not annealed": (AutoLR, {"anneal": lambda _: 1.0}),
     "warmed up": (AutoLR, {"anneal": _warmed_up}),
     "annealed on plateaus": (AutoLR, {"total_steps": None, "anneal": "plateau"}),
-    **{f"window {window}": (AutoLR, {"window": window}) for window in (1, 2, 3, 4)},
-    **{f"windows 1 and {window}": (AutoLR, {"window": (1, window)}) for window in (2, 3, 4)},
-    "windows 2 and 4": (AutoLR, {"window": (2, 4)}),
-    "windows 1, 2 and 4": (AutoLR, {"window": (1, 2, 4)}),
+    **{f"window {window}": (AutoLR, {"rule": Rule(window_steps=window)}) for window in (1, 2, 3, 4)},
+    **{f"windows 1 and {window}": (AutoLR, {"rule": Rule(window_steps=(1, window))}) for window in (2, 3, 4)},
+    "windows 2 and 4": (AutoLR, {"rule": Rule(window_steps=(2, 4))}),
+    "windows 1, 2 and 4": (AutoLR, {"rule": Rule(window_steps=(1, 2, 4))}),
     "high start": (Started, {"caution": 1.0, "power": 0.5}),
     "start at (1 - momentum)": (Started, {"caution": 1.0, "power": 1.0}),
     "leash 0.1": (Leashed, {"leash": 0.1}),
-    "not guarded": (AutoLR, {"guard": 0}),
-    "guard 4": (AutoLR, {"guard": 4}),
-    "windows 1, 2 and 3": (AutoLR, {"window": (1, 2, 3)}),
-    "windows 2 and 3": (AutoLR, {"window": (2, 3)}),
-    "windows averaged, every 20": (Combined, {"combine": _mean, "window": (1, 2), "every": 20}),
-    "windows agreeing": (Combined, {"combine": _agreed, "window": (1, 2)}),
-    "windows agreeing, every 20": (Combined, {"combine": _agreed, "window": (1, 2), "every": 20}),
-    **{f"every {every}": (AutoLR, {"every": every}) for every in (1, 3, 20, 30)},
-    "probed to the end": (AutoLR, {"until": 1.0}),
-    "probed for a third": (AutoLR, {"until": 1 / 3}),
-    "factors 1.3, 1/1.3": (AutoLR, {"factors": (1.3, 1 / 1.3)}),
-    "factors 2, 1/2": (AutoLR, {"factors": (2.0, 0.5)}),
-    "Factor_3": (AutoLR, {"factors": FACTORS_3}),
-    "factors 3, 1, 1/3": (AutoLR, {"factors": (3.0, 1.0, 1 / 3)}),
-    "Factor_5": (AutoLR, {"factors": FACTORS_5}),
-    "Factor_7": (AutoLR, {"factors": FACTORS_7}),
+    "not guarded": (AutoLR, {"guard_probes": 0}),
+    "guard 4": (AutoLR, {"guard_probes": 4}),
+    "windows 1, 2 and 3": (AutoLR, {"rule": Rule(window_steps=(1, 2, 3))}),
+    "windows 2 and 3": (AutoLR, {"rule": Rule(window_steps=(2, 3))}),
+    "windows averaged, every 20": (
+        Combined,
+        {"combine": _mean, "rule": Rule(window_steps=(1, 2)), "probe_every_steps": 20},
+    ),
+    "windows agreeing": (Combined, {"combine": _agreed, "rule": Rule(window_steps=(1, 2))}),
+    "windows agreeing, every 20": (
+        Combined,
+        {"combine": _agreed, "rule": Rule(window_steps=(1, 2)), "probe_every_steps": 20},
+    ),
+    **{f"every {every}": (AutoLR, {"probe_every_steps": every}) for every in (1, 3, 20, 30)},
+    "probed to the end": (AutoLR, {"probe_until_fraction": 1.0}),
+    "probed for a third": (AutoLR, {"probe_until_fraction": 1 / 3}),
+    "factors 1.3, 1/1.3": (AutoLR, {"rule": Rule((1.3, 1 / 1.3))}),
+    "factors 2, 1/2": (AutoLR, {"rule": Rule((2.0, 0.5))}),
+    "Factor_3": (AutoLR, {"rule": Rule(FACTORS_3)}),
+    "factors 3, 1, 1/3": (AutoLR, {"rule": Rule((3.0, 1.0, 1 / 3))}),
+    "Factor_5": (AutoLR, {"rule": Rule(FACTORS_5)}),
+    "Factor_7": (AutoLR, {"rule": Rule(FACTORS_7)}),
 }
 """Name -> the class and its arguments."""
 

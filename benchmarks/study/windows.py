@@ -36,7 +36,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from autolr_fast import AutoLR
+from autolr_fast import AutoLR, Rule
 
 from .slices import RESULTS
 from .tasks import TASKS, Places, batch, load
@@ -106,7 +106,14 @@ def levels(normalized: bool, window: int | tuple[int, ...], steps: int = 1500, g
     torch.manual_seed(0)
     model = Quadratic(normalized)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = AutoLR(optimizer, model, window=window, every=5, guard=guard, evaluator="inplace")
+    scheduler = AutoLR(
+        optimizer,
+        model,
+        rule=Rule(window_steps=window),
+        probe_every_steps=5,
+        guard_probes=guard,
+        evaluator="inplace",
+    )
     best, lrs = torch.randn(50) / math.sqrt(50), []
     for _ in range(steps):
         closure = partial(model, best + 0.05 * torch.randn(50))
@@ -132,7 +139,7 @@ def edges(name: str, window: int | tuple[int, ...], steps: int, guard: int, ever
     torch.manual_seed(0)
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = AutoLR(optimizer, model, window=window, guard=guard, evaluator="inplace")
+    scheduler = AutoLR(optimizer, model, rule=Rule(window_steps=window), guard_probes=guard, evaluator="inplace")
     found = []
     for step in range(steps):
         x, y = batch(data, step, task.batch_size, seed=0)
