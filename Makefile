@@ -48,7 +48,7 @@ bench: $(VENV)/dev.installed
 	$(BIN)/python -m benchmarks.report build/tree.json tree
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info autolr_demo.png autolr_demo.md
+	rm -rf $(VENV) build dist *.egg-info autolr_demo.png autolr_demo.md autolr_fast/*.so
 
 # The demo is fast enough without compiled operators, and starts sooner.
 $(VENV)/demo.installed: export AUTOLR_FAST_BUILD ?= none
