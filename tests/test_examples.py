@@ -3,10 +3,12 @@ import re
 import pytest
 import torch
 
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+pytest.importorskip("pyarrow")
+
 from benchmarks.tests.test_paper_train import write_shard
 from examples import alr_tree
-
-pytest.importorskip("sklearn")
 
 
 def epochs_of(printed):
