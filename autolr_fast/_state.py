@@ -41,10 +41,10 @@ def complete(state: object, expected: Mapping[str, Any], defaults: Mapping[str, 
 
 def _fault(state: Mapping[str, Any], expected: Mapping[str, Any], path: str = "") -> str:
     """Return what is wrong with the keys of a state; nothing if they fit."""
-    for key in sorted(set(expected) - set(state)):
-        return f"has no {path + key!r}"
-    for key in sorted(set(state) - set(expected)):
-        return f"has {path + key!r}, which is not known here"
+    if missing := sorted(set(expected) - set(state)):
+        return f"has no {path + missing[0]!r}"
+    if unknown := sorted(set(state) - set(expected)):
+        return f"has {path + unknown[0]!r}, which is not known here"
     for key, value in expected.items():
         if isinstance(value, dict) and value:
             if not isinstance(state[key], dict):
