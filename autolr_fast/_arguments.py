@@ -4,33 +4,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-
-__all__ = ["check_count", "check_fraction", "check_limits", "check_optimizer"]
-
-
-def check_optimizer(optimizer: object) -> None:
-    """Raise a TypeError or ValueError if the steps of an optimizer cannot be scaled."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer={optimizer!r}: expected a torch.optim.Optimizer; the closure goes to step(), "
-            "as in AutoLR(optimizer, model) and scheduler.step(closure)"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            f"optimizer={type(optimizer).__name__}: its step is a whole search of its own, which its lr does not "
-            "scale; use it without AutoLR (line_search_fn='strong_wolfe'), or another optimizer"
-        )
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError(
-            "optimizer has differentiable=True, and its step becomes part of an autograd graph that writing "
-            "candidates would break; build it with differentiable=False"
-        )
-    if len({bool(group.get("maximize", False)) for group in optimizer.param_groups}) > 1:
-        raise ValueError(
-            "optimizer has maximize=True in some param groups only: one closure cannot be both better higher and "
-            "better lower; negate the loss of one part instead"
-        )
+__all__ = ["check_count", "check_fraction", "check_limits"]
 
 
 def check_count(name: str, value: object, at_least: int, of: str = "optimizer steps") -> None:

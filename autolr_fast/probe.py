@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Probe"]
+__all__ = ["History", "Probe"]
+
+_MOST = 2000  # probes of a history
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Probe:
     """One look at the losses along a line of candidates, and what became of the learning rate.
 
@@ -23,8 +28,10 @@ class Probe:
         factor: 0-dim float64, the weighted geometric mean of the factors.
         lr_before: learning rate of each param group when the step was taken.
         lr_after: learning rate of each param group for the next step, annealing included.
+        level_after: the same before annealing.
         evaluator: name of the evaluator that ran.
         rounds: how often losses were evaluated: more than once where calibration took steps again.
+        retaken: at how many times their learning rates the steps were taken again; ``None`` if parameters stayed.
     """
 
     step: int
@@ -35,8 +42,24 @@ class Probe:
     factor: Tensor
     lr_before: Sequence[float | Tensor]
     lr_after: Sequence[float | Tensor]
+    level_after: Sequence[float | Tensor]
     evaluator: str
     rounds: int = 1
+    retaken: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes as plain numbers, strings and lists, for a logger or a file.
+
+        Losses that are not finite stay so, which strict JSON has no word for. Tensors on an accelerator are read
+        back.
+        """
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Probe:
+        """Return the probe that :meth:`to_dict` made plain."""
+        tensors = {name: torch.tensor(plain[name], dtype=torch.float64) for name in ("losses", "weights", "factor")}
+        return cls(**{**plain, "factors": tuple(plain["factors"]), **tensors})
 
     def __repr__(self) -> str:
         lrs = ", ".join(
@@ -46,7 +69,53 @@ class Probe:
             f"{factor:.4g}: {loss:.4g} ({weight:.0%})"
             for factor, loss, weight in zip(self.factors, self.losses.tolist(), self.weights.tolist(), strict=True)
         )
+        taken = "" if self.retaken is None else f"retaken={self.retaken:.4g}, "
         return (
             f"Probe(step={self.step}, window={self.window}, evaluator={self.evaluator!r}, "
-            f"rounds={self.rounds}, factor={float(self.factor):.4g}, lr {lrs}, losses {{{seen}}})"
+            f"rounds={self.rounds}, {taken}factor={float(self.factor):.4g}, lr {lrs}, losses {{{seen}}})"
         )
+
+
+class History(list[Probe]):
+    """The probes of a run, the first one first: of a long run evenly fewer, and all that retook steps."""
+
+    def add(self, probe: Probe) -> None:
+        """Append a probe; leave half of them out once there are too many."""
+        self.append(probe)
+        if len(self) > _MOST:
+            self[:] = self._thinned()
+
+    def _thinned(self) -> Iterator[Probe]:
+        """Return half of them, evenly over the run, with the last one and those that retook steps."""
+        gap = 2 * (self[-1].step - self[0].step) / _MOST
+        due = -math.inf
+        for probe in self:
+            if probe.step >= due:
+                due = probe.step + gap
+                yield probe
+            elif probe.retaken is not None or probe is self[-1]:
+                yield probe
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return what :meth:`read` takes: plain values."""
+        return [probe.to_dict() for probe in self]
+
+    @staticmethod
+    def read(state: Sequence[Mapping[str, Any]]) -> list[Probe]:
+        """Return the probes of a state.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        try:
+            return [Probe.from_dict(plain) for plain in state]
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"state_dict has a history that is not known here ({error}): load it by the version that saved it"
+            ) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -51,7 +51,8 @@ class Rule:
         direction: ``"step"``: candidates lie on the line through what the optimizer did. ``"gradient"``: on
             ``now - f * lr * grad``, with a fresh gradient of the closure.
         window_steps: optimizer steps that the line of ``"step"`` spans: one number, or several that take turns.
-            ``None`` is 2 for SGD without momentum, 1 and 2 in turn for SGD with it, 1 and 3 for other optimizers.
+            ``None`` is 2 for SGD without momentum, 1 and 2 in turn for SGD with it, 1 and 4 where Muon takes part,
+            and 1 and 3 for other optimizers.
 
     Raises:
         TypeError: if an argument is of a kind that cannot be meant.

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .._optimizers import Optimizers
 from .search import Found, LookAt, search, search_again
 
 __all__ = ["Calibration", "start_ratio"]
@@ -37,27 +37,36 @@ class Calibration:
         """Whether the probe after ``step`` optimizer steps searches for the first level."""
         return not self._found and step <= self.steps
 
-    def find_first(self, look: LookAt, lowest: float, highest: float) -> Found:
+    def find_first(self, look: LookAt, lowest: float, highest: float, window: int = 0) -> Found:
         """Search the first step for the scale where the loss is lowest; once one is found, that was all.
 
         Args:
             look: at the candidates of that step.
             lowest: smallest ratio to the step that was taken.
             highest: largest ratio.
+            window: steps that the line spans; of one, the cost before it may be known.
         """
         found = search(look, self._factors, lowest, highest)
+        if window == 1 and found.seen.beside is not None:
+            before = found.seen.beside[-1].item()  # not a number if unknown: then nothing is above it
+            if found.cost >= before - found.seen.precision * abs(before):
+                found = found._replace(is_uphill=True)
         if not found.why_not:
             self._found = True
             self._lowest_cost = found.cost
         return found
 
-    def find_again(self, look: LookAt, cost: Tensor, step: int) -> Found | None:
+    def find_again(
+        self, look: LookAt, cost: Tensor, step: int, window: int, own: Tensor | None = None
+    ) -> Found | None:
         """Find how long the last steps had better been, if the loss blew up in them; see :func:`search_again`.
 
         Args:
             look: at the candidates of these steps.
             cost: 0-dim, about where the steps ended; it is read back, in the first steps alone.
             step: optimizer steps done.
+            window: of these, how many were the last ones.
+            own: 0-dim, the cost before the very last; not a number, or ``None``, if unknown.
 
         Returns:
             ``None`` if the step is none of the first, or the loss did not blow up.
@@ -65,7 +74,10 @@ class Calibration:
         if step > self.steps:
             return None
         ended = cost.item()
-        found = search_again(look, self._factors, ended, self._lowest_cost)
+        known = math.nan if own is None else own.item()
+        before = self._lowest_cost if math.isnan(known) else min(self._lowest_cost, known)
+        began = known if window == 1 and not math.isnan(known) else None
+        found = search_again(look, self._factors, ended, before, began)
         self._lowest_cost = min(self._lowest_cost, ended if found is None else found.cost)
         return found
 
@@ -78,7 +90,7 @@ class Calibration:
         self._found, self._lowest_cost = state["found"], state["lowest_cost"]
 
 
-def start_ratio(optimizer: torch.optim.Optimizer, began_warm: bool) -> float:
+def start_ratio(optimizers: Optimizers, began_warm: bool) -> float:
     """Return the level to go on at after the first step, in units of the rate that suits that step.
 
     What suits the first step is too much for the next ones: its loss is the easiest to lower. A start too high may
@@ -87,8 +99,8 @@ def start_ratio(optimizer: torch.optim.Optimizer, began_warm: bool) -> float:
     first steps.
 
     Args:
-        optimizer: SGD has ``dampening``, and others with a momentum have not.
+        optimizers: SGD has ``dampening``, and others with a momentum have not.
         began_warm: whether the buffers held something before that step, as they do in a training that goes on.
     """
-    momenta = [group["momentum"] for group in optimizer.param_groups if "dampening" in group]
+    momenta = [group["momentum"] for group in optimizers.param_groups if "dampening" in group]
     return 1.0 if began_warm else min(_CAUTION, 1.0 - max(momenta, default=0.0))

@@ -29,6 +29,7 @@ class Found(NamedTuple):
         rounds: looks in all.
         is_flat: whether all losses were the same.
         cost: the lowest that was seen, infinite if none was finite.
+        is_uphill: whether that is not below where the step began.
     """
 
     ratio: float
@@ -36,19 +37,20 @@ class Found(NamedTuple):
     rounds: int
     is_flat: bool
     cost: float
+    is_uphill: bool = False
 
     @property
     def why_not(self) -> str:
         """Why nothing was found; empty if something was."""
         if self.is_flat:
             return (
-                "the loss is the same at every scale of the step. If the closure returns one that was computed "
-                "before, let it compute it anew, as in scheduler.step(lambda: loss_fn(model(x), y)); else the step "
-                "changed too little for the precision of the loss: start from a higher learning rate"
+                "all candidates have the same loss. Either the step is below the precision of the loss: start from "
+                "a higher learning rate. Or the closure returns a loss that was computed before: call the model "
+                "inside, as in scheduler.loss(lambda: loss_fn(model(x), y))"
             )
-        return "the loss was not finite at any scale of the step. Check the first batch and the loss" * (
-            self.cost == math.inf
-        )
+        if self.cost == math.inf:
+            return "the loss was not finite at any scale of the step. Check the first batch and the loss"
+        return "no scale of the step lowers the loss of its batch" * self.is_uphill
 
 
 def search(look: LookAt, factors: Sequence[float], lowest: float, highest: float) -> Found:
@@ -102,7 +104,9 @@ def search(look: LookAt, factors: Sequence[float], lowest: float, highest: float
     return Found(min(max(_vertex(known, best), lowest), highest), seen, rounds, is_flat, known[best])
 
 
-def search_again(look: LookAt, factors: Sequence[float], cost: float, before: float) -> Found | None:
+def search_again(
+    look: LookAt, factors: Sequence[float], cost: float, before: float, began: float | None = None
+) -> Found | None:
     """Find how long the last steps had better been, if the loss blew up in them.
 
     A rate that suits the first step may be far too high for the fifth, and then each step multiplies the loss; no
@@ -113,6 +117,7 @@ def search_again(look: LookAt, factors: Sequence[float], cost: float, before: fl
         factors: those of the search.
         cost: about where the steps ended: what tells whether to look at all.
         before: the lowest of earlier steps, with other batches.
+        began: where the steps began, with this batch, if it is known.
 
     Returns:
         ``None`` if the loss did not blow up, with this batch, from where the steps began to where they ended, or is
@@ -120,7 +125,10 @@ def search_again(look: LookAt, factors: Sequence[float], cost: float, before: fl
     """
     if not _has_blown_up(cost, before):
         return None
-    ended, began = look((1.0, _SHORTEST)).costs.tolist()
+    if began is None:
+        ended, began = look((1.0, _SHORTEST)).costs.tolist()
+    else:
+        (ended,) = look((1.0,)).costs.tolist()
     if not (math.isfinite(began) and _has_blown_up(ended, began)):
         return None
     found = search(look, factors, _SHORTEST, 1.0)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .._isolation import Closure, ClosureError, Isolation, scalar_loss
+from .._isolation import Closure, ClosureError, Isolation, Replay, scalar_loss
 from .._machine.ranks import is_distributed
 from .._ops import Writer
 from .._steps import Line
@@ -50,6 +50,7 @@ class Graphed(Evaluator):
         """
         if is_distributed():
             raise EvaluatorError(self.name, model, "other ranks cannot be waited for inside of a capture")
+        rewind, run = self._split(model, closure)
         if self._recorder is None:
             self._recorder = self._make_recorder(model, line)
         with (
@@ -65,11 +66,12 @@ class Graphed(Evaluator):
                 expected = isolation.run(closure).item()
                 # Back again: what a capture takes from these weights shows in the replay at the others.
                 now.restore()
-            replay, loss = self._capture(model, closure, isolation, recorder)
+            replay, loss = self._capture(model, rewind, run, isolation, recorder)
 
             def loss_at(write: Writer, factor: float) -> Tensor:
                 write([factor])
                 with isolation.rewound():
+                    rewind()
                     replay()
                 return loss.clone()
 
@@ -93,13 +95,28 @@ class Graphed(Evaluator):
             raise EvaluatorError(self.name, model, f"its parameters are on {where}, not on one CUDA GPU")
         return Recorder(devices.pop())
 
+    def _split(self, model: nn.Module, closure: Closure) -> tuple[Callable[[], None], Closure]:
+        """Return what sets the random-number streams, which nothing may do inside of a capture, and the rest."""
+        if not isinstance(closure, Replay):
+            return (lambda: None), closure
+        if len(closure) > 1:
+            cause = "a graph cannot begin anew at each micro-batch's random numbers: use micro_batches='last'"
+            raise EvaluatorError(self.name, model, cause)
+        return closure.rewind, closure.run
+
     def _capture(
-        self, model: nn.Module, closure: Closure, isolation: Isolation, recorder: Recorder
+        self,
+        model: nn.Module,
+        rewind: Callable[[], None],
+        run: Closure,
+        isolation: Isolation,
+        recorder: Recorder,
     ) -> tuple[Callable[[], None], Tensor]:
         replays: list[Callable[[], None]] = []
 
         def captured() -> Tensor:
-            replay, loss = recorder.record(lambda: scalar_loss(closure))
+            rewind()
+            replay, loss = recorder.record(lambda: scalar_loss(run))
             replays.append(replay)
             return loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,11 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .._isolation import Closure, check_repeatable
-from .._machine.ranks import ProcessGroup, mean_over_ranks
+from .._machine.ranks import ProcessGroup, is_distributed, mean_over_ranks
+from .._machine.warning import warn
 from .._steps import Line
 from .base import Evaluator
+from .inplace import InPlace
 
 __all__ = ["Look", "Prober"]
+
+_SAME = 1e-3  # of a loss: some GPU operations add up in another order each time
 
 
 class Look(NamedTuple):
@@ -24,12 +29,14 @@ class Look(NamedTuple):
         losses: [N] float64, averaged over ranks.
         costs: [N] float64, the lower the better: the losses, or their negatives where the optimizer maximizes.
         precision: the relative rounding error of the losses.
+        beside: [K] float64, what was averaged and made costs beside them, if anything was.
     """
 
     factors: Sequence[float]
     losses: Tensor
     costs: Tensor
     precision: float
+    beside: Tensor | None = None
 
 
 class Prober:
@@ -56,17 +63,44 @@ class Prober:
         self.process_group = process_group
         self._maximize = maximize
         self._device = device
-        self._is_repeatable = False
+        self._is_checked = False
 
-    def look(self, line: Line, closure: Closure, factors: Sequence[float]) -> Look:
+    def look(self, line: Line, closure: Closure, factors: Sequence[float], beside: Tensor | None = None) -> Look:
         """Return the losses at N factors.
+
+        Args:
+            line: where the candidates lie.
+            closure: returns the scalar loss.
+            factors: N factors, one a candidate.
+            beside: [K], more losses, which travel with these between ranks and devices; the last is the closure's
+                before the last step, not a number if unknown.
 
         Raises:
             ClosureError: if the closure does not return a scalar loss, calls backward, or does not repeat itself.
         """
-        if not self._is_repeatable:
-            check_repeatable(self.model, closure)
-            self._is_repeatable = True
+        if not self._is_checked:
+            self._check(line, closure, beside)
+            self._is_checked = True
         seen = self.evaluator.losses(self.model, line, factors, closure)
-        losses = mean_over_ranks(seen.double(), self.process_group).to(self._device)
-        return Look(factors, losses, -losses if self._maximize else losses, torch.finfo(seen.dtype).eps)
+        all_losses = seen.double() if beside is None else torch.cat([seen.double(), beside.to(seen.device)])
+        all_losses = mean_over_ranks(all_losses, self.process_group).to(self._device)
+        losses = all_losses[: len(factors)]
+        costs = -all_losses if self._maximize else all_losses
+        more = None if beside is None else costs[len(factors) :]
+        return Look(factors, losses, costs[: len(factors)], torch.finfo(seen.dtype).eps, more)
+
+    def _check(self, line: Line, closure: Closure, beside: Tensor | None) -> None:
+        """See that the closure returns the same loss each time, and where the step began, that of the step."""
+        own = math.nan if beside is None or line.window != 1 or is_distributed() else beside[-1].item()
+        if not math.isfinite(own):  # unknown, or ranks might not do the same
+            check_repeatable(self.model, closure)
+            return
+        again = InPlace().losses(self.model, line, [0.0], closure).item()
+        if not math.isclose(again, own, rel_tol=_SAME):
+            check_repeatable(self.model, closure)
+            warn(
+                f"scheduler.loss returned {own:.6g}, and the closure now returns {again:.6g} at the same "
+                "parameters: probes are not judged by the loss of the step. The closure reads something that has "
+                "changed since: a batch that a function inside of it looks up late, or changes in place, or what "
+                "the model keeps from one forward to the next. Pass the batch as in partial(loss_of, x, y)"
+            )

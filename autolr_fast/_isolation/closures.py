@@ -7,15 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["CALLED_BACKWARD", "REMEDY", "Closure", "ClosureError", "scalar_loss"]
+__all__ = ["CALLED_BACKWARD", "REMEDY", "Closure", "ClosureError", "check_loss", "scalar_loss"]
 
 Closure = Callable[[], Tensor]
 """Returns the scalar loss of one batch; does not call backward."""
 
 REMEDY = "write it as `lambda: loss_fn(model(x), y)`"
 CALLED_BACKWARD = (
-    f"closure called backward(); a probe only needs the loss: {REMEDY} and keep zero_grad(), backward() and "
-    "optimizer.step() outside"
+    f"closure called backward() or autograd.grad(), and a probe evaluates the loss without gradients: {REMEDY} and "
+    "keep zero_grad(), backward() and optimizer.step() outside; what the loss differentiates itself, it does under "
+    "torch.enable_grad()"
 )
 
 
@@ -31,6 +32,12 @@ def scalar_loss(closure: Closure) -> Tensor:
         if not torch.is_grad_enabled() and "does not require grad" in str(error):
             raise ClosureError(CALLED_BACKWARD) from error
         raise
+    check_loss(loss)
+    return loss.reshape(())
+
+
+def check_loss(loss: object) -> None:
+    """Raise a ClosureError if something is no scalar loss."""
     if not isinstance(loss, Tensor):
         raise ClosureError(
             f"closure returned {loss!r} ({type(loss).__name__}), not a loss tensor: {REMEDY}, without .item()"
@@ -41,4 +48,3 @@ def scalar_loss(closure: Closure) -> Tensor:
         )
     if not loss.is_floating_point():
         raise ClosureError(f"closure returned a {loss.dtype} tensor: a loss is a real floating-point number")
-    return loss.reshape(())

@@ -119,5 +119,6 @@ def check_repeatable(model: nn.Module, closure: Closure) -> None:
         raise ClosureError(
             f"closure returned {first.item():.6g} and then {second.item():.6g} at the same weights; all candidates "
             "must see one batch: take it outside, as in `x, y = next(batches)` and then "
-            "`scheduler.step(lambda: loss_fn(model(x), y))`"
+            "`scheduler.loss(lambda: loss_fn(model(x), y))`; a torch.Generator of its own is not put back, so draw "
+            "from the global random stream, or outside"
         )

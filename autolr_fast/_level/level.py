@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._arguments import check_count, check_limits
+from .._optimizers import Optimizers
 from .annealing import Annealing, check_multiplier, resolve_annealing
 from .guard import Guard
 
 __all__ = ["Level"]
 
 _SHRINKAGE = 0.8  # what a probe without progress leaves of the learning rate, under anneal="plateau"
-_PROGRESS = 1.0  # standard errors by which the loss must fall to be progress
+_PROGRESS = 1.0  # standard errors by which losses of single steps must fall to be progress, and
+_PROGRESS_OF_MEANS = 2.0  # by which means over the steps between probes must, whose errors are smaller
 _LOWEST_RETAKEN = 1 / 2  # of the level, what steps that are taken again leave at least
 
 
@@ -27,7 +30,7 @@ class Level:
     rates are tensors, the level is on their device, and following a probe needs no host synchronisation.
 
     Args:
-        optimizer: its ``param_groups`` are read and written; tensor learning rates are filled, never replaced.
+        optimizers: their param groups are read and written; tensor learning rates are filled, never replaced.
         anneal: as in :class:`~autolr_fast.AutoLR`.
         total_steps: optimizer steps of the whole training; ``None`` for a multiplier of 1.
         lr_limits: lowest and highest learning rate of any group.
@@ -45,7 +48,7 @@ class Level:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Optimizers,
         anneal: str | Annealing,
         total_steps: int | None,
         lr_limits: tuple[float, float],
@@ -53,7 +56,7 @@ class Level:
     ):
         if total_steps is not None:
             check_count("total_steps", total_steps, at_least=1)
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._annealing = resolve_annealing(anneal)
         self.total_steps = total_steps
         self._lr_limits = check_limits(lr_limits)
@@ -65,10 +68,12 @@ class Level:
                 f"total_steps={total_steps} with anneal='plateau', which is for trainings whose length is not "
                 "known: leave total_steps out, or anneal by 'cosine'"
             )
-        rates = [group["lr"] for group in optimizer.param_groups]
+        rates = [group["lr"] for group in optimizers.param_groups]
         self.base: list[float] = []
-        for rate in rates:
-            self._append(rate, scale=1.0)
+        self._written: list[tuple[float | Tensor, int]] = []  # the rate of each group, and its version
+        self._add_groups(rates, scale=1.0)
+        self._step = 0
+        self._told = False  # that something else writes them
         devices = {rate.device if isinstance(rate, Tensor) else torch.device("cpu") for rate in rates}
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         self.value = torch.ones((), dtype=torch.float64, device=device)
@@ -103,38 +108,81 @@ class Level:
         """Begin at a level that was searched for."""
         self._set(torch.as_tensor(value, dtype=torch.float64, device=self.value.device))
 
-    def follow(self, factor: Tensor, loss: Tensor, step: int, retaken: float | None = None) -> None:
+    def follow(
+        self,
+        factor: Tensor,
+        loss: Tensor,
+        step: int,
+        retaken: float | None = None,
+        variance: Tensor | None = None,
+    ) -> None:
         """Move the level by what a probe found, as far as the guard lets it go.
 
         Args:
             factor: 0-dim; its logarithm is scaled by the annealing multiplier, so that the level does not climb
                 against it.
-            loss: 0-dim, of the candidate nearest to the step as it was taken; lower is better.
+            loss: 0-dim, lower is better: the mean over all steps since the last probe, or that of the candidate
+                nearest to the step as it was taken.
             step: optimizer steps done.
             retaken: at how many times their rate the last steps were taken again, if they were: the level falls as
                 much, to half at most.
+            variance: 0-dim, of such a mean.
         """
         before = self.value
         wanted = (before * factor ** self.multiplier(step)).clamp(*self.limits)
-        level, falls = self._guard.hold(wanted, loss)
+        level, falls = self._guard.hold(wanted, loss, variance)
         if retaken is not None:
             level = torch.minimum(level, before * max(retaken, _LOWEST_RETAKEN))
         elif self._on_plateaus:
             # The less is left of the learning rate, the less the level moves.
             level = before * (level / before) ** self._plateau
             if falls is not None:
-                self._plateau = torch.where(falls <= _PROGRESS, _SHRINKAGE * self._plateau, self._plateau)
+                least = _PROGRESS if variance is None else _PROGRESS_OF_MEANS
+                self._plateau = torch.where(falls <= least, _SHRINKAGE * self._plateau, self._plateau)
         self._set(level)
 
     def apply(self, step: int) -> None:
         """Write the learning rates after ``step`` optimizer steps into the param groups."""
+        self._step = step
         annealed = self.annealed(step)
-        for group, base in zip(self._optimizer.param_groups, self.base, strict=True):
-            lr = _within(base * annealed, *self._lr_limits)
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+        for group, base in zip(self._optimizers.param_groups, self.base, strict=True):
+            _write(group, self._rate(base, annealed))
+        self._written = [_stamp(group["lr"]) for group in self._optimizers.param_groups]
+
+    def reclaim(self) -> str:
+        """Put back the learning rates that something else wrote since; return what to tell the user of it.
+
+        Nothing is read back from an accelerator while nothing else writes.
+        """
+        message = ""
+        known = zip(self._optimizers.param_groups, self._written, strict=False)  # a group may have come since
+        for index, (group, (written, version)) in enumerate(known):
+            rate = group["lr"]
+            if rate is not written or (isinstance(rate, Tensor) and rate._version != version):
+                message = self._put_back(index, group) or message
+        return message
+
+    def _put_back(self, index: int, group: dict[str, Any]) -> str:
+        found = float(group["lr"])
+        _write(group, self._rate(self.base[index], self.annealed(self._step)))
+        self._written[index] = _stamp(group["lr"])
+        wanted = float(group["lr"])
+        if found == wanted or self._told:
+            return ""
+        self._told = True
+        return (
+            f"the lr of {self._optimizers.group_name(index)} was {found:.6g} before optimizer.step(), and AutoLR "
+            f"had set {wanted:.6g}: something else writes it, such as another scheduler or a warm-up in the loop. "
+            "AutoLR puts its own back; remove the other"
+        )
+
+    def _rate(self, base: float, annealed: Tensor | float) -> Tensor | float:
+        return _within(base * annealed, *self._lr_limits)
+
+    def of_groups(self) -> list[float | Tensor]:
+        """Return the level of each group, in units of learning rate, before annealing."""
+        value = self.value.item() if self.value.is_cpu else self.value
+        return [base * value for base in self.base]
 
     def overrun(self, step: int) -> str:
         """Return what to tell the user if ``step`` is past the end of annealing."""
@@ -147,20 +195,14 @@ class Level:
 
     def rates(self) -> list[float | Tensor]:
         """Return the learning rates in the param groups; tensors as copies."""
-        rates = [group["lr"] for group in self._optimizer.param_groups]
+        rates = [group["lr"] for group in self._optimizers.param_groups]
         return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
     def add_new_groups(self, step: int) -> None:
         """Give groups that were added to the optimizer a base: from now on their ratio to the others holds."""
-        groups = self._optimizer.param_groups
-        if len(groups) < len(self.base):
-            raise ValueError(
-                f"the optimizer has {len(groups)} param groups and had {len(self.base)}: groups can be added, not "
-                "removed; freeze their parameters with requires_grad_(False) instead"
-            )
-        for group in groups[len(self.base) :]:
-            self._append(group["lr"], scale=float(self.annealed(step)))
-            group.setdefault("initial_lr", self.base[-1])
+        if len(self._optimizers.places()) > len(self.base):
+            new = self._optimizers.param_groups[len(self.base) :]
+            self._add_groups([group["lr"] for group in new], scale=float(self.annealed(step)))
 
     def state(self) -> dict[str, Any]:
         """Return what :meth:`load` takes: plain values."""
@@ -173,7 +215,7 @@ class Level:
 
     def check(self, state: dict[str, Any]) -> None:
         """Raise a ValueError if :meth:`load` cannot take a state; nothing is changed."""
-        groups, saved = len(self._optimizer.param_groups), len(state["base_lrs"])
+        groups, saved = len(self._optimizers.param_groups), len(state["base_lrs"])
         if saved != groups:
             raise ValueError(
                 f"state_dict is of {saved} param groups and the optimizer has {groups}: give the optimizer the "
@@ -191,27 +233,46 @@ class Level:
     def _set(self, level: Tensor) -> None:
         self.value = level.clamp(*self.limits)
 
-    def _append(self, rate: float | Tensor, scale: float) -> None:
-        index = len(self.base)
+    def _add_groups(self, rates: Sequence[float | Tensor], scale: float) -> None:
+        """Give the groups that came last a base."""
+        for rate in rates:
+            self.base.append(self._checked(rate, len(self.base)) / scale)
+            self._written.append(_stamp(rate))
+        for group, base in zip(self._optimizers.param_groups, self.base, strict=True):
+            group.setdefault("initial_lr", base)
+
+    def _checked(self, rate: float | Tensor, index: int) -> float:
+        name = self._optimizers.group_name(index)
         if isinstance(rate, Tensor):
             if rate.numel() != 1:
-                raise ValueError(f"lr of param group {index} has shape {list(rate.shape)}: use a 0-dim tensor")
+                raise ValueError(f"the lr of {name} has shape {list(rate.shape)}: use a 0-dim tensor")
             if rate.requires_grad or rate.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
-                    f"lr of param group {index} is a {rate.dtype} tensor with requires_grad={rate.requires_grad}: "
+                    f"the lr of {name} is a {rate.dtype} tensor with requires_grad={rate.requires_grad}: "
                     "it is written in place, so use a float32 or float64 one that requires no gradient"
                 )
         value = float(rate)
         if not (math.isfinite(value) and value > 0):
             raise ValueError(
-                f"lr={value} of param group {index} is not positive and finite: give it any positive rate; to "
+                f"lr={value} of {name} is not positive and finite: give it any positive rate; to "
                 "freeze its parameters use requires_grad_(False) as well"
             )
         if not self._lr_limits[0] <= value <= self._lr_limits[1]:
-            raise ValueError(
-                f"lr={value} of param group {index} is outside lr_limits={self._lr_limits}: change lr or the limits"
-            )
-        self.base.append(value / scale)
+            limits = f"lr_limits={self._lr_limits}"
+            raise ValueError(f"lr={value} of {name} is outside {limits}: change lr or the limits")
+        return value
+
+
+def _write(group: dict[str, Any], rate: Tensor | float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _stamp(rate: float | Tensor) -> tuple[float | Tensor, int]:
+    """Return what shows whether a learning rate was written to: it, and its version if it is a tensor."""
+    return rate, rate._version if isinstance(rate, Tensor) else 0
 
 
 def _within(value: Tensor | float, lowest: float, highest: float) -> Tensor | float:

@@ -1,10 +1,12 @@
-"""What the optimizer did in its last steps, and the line of candidates through it.
+"""What the training did in its last steps: their losses, and the line of candidates through them.
 
 ``GradientLine`` alone calls the closure.
 """
 
+from .counter import StepCounter
 from .gradient_line import GradientLine, check_not_sharded
 from .lines import Line, StepLine
+from .losses import Losses
 from .parameters import candidate_parameters
 from .schedule import ProbeSchedule, ProbeTracker, windows_for
 from .snapshots import Snapshots
@@ -12,9 +14,11 @@ from .snapshots import Snapshots
 __all__ = [
     "GradientLine",
     "Line",
+    "Losses",
     "ProbeSchedule",
     "ProbeTracker",
     "Snapshots",
+    "StepCounter",
     "StepLine",
     "candidate_parameters",
     "check_not_sharded",

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import _ops as ops
 from .._isolation import CALLED_BACKWARD, Closure, ClosureError, Isolation, scalar_loss
 from .._machine.ranks import ProcessGroup, is_sharded, mean_over_ranks
+from .._optimizers import Optimizers
 
 __all__ = ["GradientLine", "check_not_sharded"]
 
@@ -21,7 +22,7 @@ class GradientLine:
 
     Args:
         model: its buffers, gradients and random-number streams are left as they are.
-        optimizer: gives the parameters and, for each, the learning rate of its group.
+        optimizers: give the parameters and, for each, the learning rate of its group.
         closure: returns the scalar loss.
         process_group: the ranks whose gradients are averaged.
 
@@ -34,11 +35,11 @@ class GradientLine:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Optimizers,
         closure: Closure,
         process_group: ProcessGroup | None = None,
     ):
-        groups = optimizer.param_groups
+        groups = optimizers.param_groups
         group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
         trained = [parameter for parameter in group_of if parameter.requires_grad]
         # DistributedDataParallel would wait for a backward() that never comes.

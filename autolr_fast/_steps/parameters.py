@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .._optimizers import Optimizers
+
 __all__ = ["candidate_parameters"]
 
 
-def candidate_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, str]:
-    """Return the parameters the optimizer moves, each with its (first) name in the model.
+def candidate_parameters(model: nn.Module, optimizers: Optimizers) -> dict[nn.Parameter, str]:
+    """Return the parameters the optimizers move, each with its (first) name in the model.
 
     Args:
-        model: holds every parameter of the optimizer. Its frozen parameters need no optimizer.
-        optimizer: holds every parameter of the model that requires a gradient.
+        model: holds every parameter of the optimizers. Its other parameters need none.
+        optimizers: hold each parameter once.
 
     Returns:
-        Parameter -> name, in the order of ``optimizer.param_groups``.
+        Parameter -> name, in the order of the param groups.
 
     Raises:
         ValueError: if the two do not belong together; names the first parameter that shows it.
@@ -29,15 +31,19 @@ def candidate_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters: dict[nn.Parameter, str] = {}
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(optimizers.param_groups):
         for position, parameter in enumerate(group["params"]):
-            name = names.pop(id(parameter), None)
+            name = names.get(id(parameter))
             if name is None:
                 raise ValueError(
-                    f"optimizer.param_groups[{index}]['params'][{position}] (shape {list(parameter.shape)}) is "
+                    f"{optimizers.group_name(index)}['params'][{position}] (shape {list(parameter.shape)}) is "
                     f"not a parameter of the model ({type(model).__name__}): build the optimizer from this "
                     "model's parameters, after anything that replaces them; if it trains several modules, pass "
                     "nn.ModuleList([...]) of them as the model"
+                )
+            if parameter in parameters:
+                raise ValueError(
+                    f"parameter {name!r} is in two of the optimizers, and would move twice a step: give it to one"
                 )
             if parameter.is_complex() or parameter.layout != torch.strided:
                 raise TypeError(
@@ -45,11 +51,4 @@ def candidate_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
                     "parameters have candidates; keep a complex one as its real view (torch.view_as_real)"
                 )
             parameters[parameter] = name
-    missing = [name for name in names.values() if model.get_parameter(name).requires_grad]
-    if missing:
-        raise ValueError(
-            f"model parameter {missing[0]!r} (and {len(missing) - 1} more) requires a gradient but is not in the "
-            "optimizer: add it to the optimizer, freeze it with requires_grad_(False), or pass as the model the "
-            "module that this optimizer trains"
-        )
     return parameters

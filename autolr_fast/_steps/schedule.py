@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .._arguments import check_count
+from .._isolation import ClosureError
+from .._optimizers import Optimizers
 
 __all__ = ["ProbeSchedule", "ProbeTracker", "windows_for"]
 
@@ -84,14 +84,21 @@ class ProbeTracker:
         return None if step == self.probed else self.schedule.window_at(step)
 
     def missed(self, steps: range) -> str:
-        """Return what to tell the user if one of these steps was to be probed and was given no closure."""
+        """Return what to tell the user if one of these steps was to be probed and was given no closure.
+
+        Raises:
+            ClosureError: if calibration is over, and none was ever given.
+        """
         if not any(step > self.offered and self.schedule.window_at(step) for step in steps):
             return ""
-        return (
-            "a probe was due, but scheduler.step was called without a closure, or not after every "
-            "optimizer.step(): the learning rate was not searched. Call "
-            "scheduler.step(lambda: loss_fn(model(x), y)) after every optimizer.step()."
-        )
+        if self.offered == 0 and steps.stop > self.schedule.first_steps:
+            raise ClosureError(
+                f"none of the probes due in {steps.stop - 1} steps could be made, so no learning rate was searched "
+                "for. The loss of each step goes through AutoLR: "
+                + _LOOP
+                + ". SequentialLR and ChainedScheduler cannot hold an AutoLR: it anneals by itself"
+            )
+        return f"a probe was due, but no loss came through AutoLR for this step, and the level stays: {_LOOP}"
 
     def state(self) -> dict[str, Any]:
         """Return what :meth:`load` takes."""
@@ -102,12 +109,17 @@ class ProbeTracker:
         self.probed, self.offered = state["probed"], state["offered"]
 
 
-def windows_for(
-    optimizer: torch.optim.Optimizer, window_steps: int | Sequence[int] | None = None
-) -> tuple[int, ...]:
-    """Return the windows asked for, or those that suit the optimizer.
+_LOOP = (
+    "compute it by `loss = scheduler.loss(lambda: loss_fn(model(x), y))` before optimizer.step(), and call "
+    "scheduler.step() after it, at every step"
+)
 
-    These are 2 for plain SGD, 1 and 2 in turn for SGD with momentum, and 1 and 3 for others.
+
+def windows_for(optimizers: Optimizers, window_steps: int | Sequence[int] | None = None) -> tuple[int, ...]:
+    """Return the windows asked for, or those that suit the optimizers.
+
+    These are 2 for plain SGD, 1 and 2 in turn for SGD with momentum, 1 and 4 where Muon takes part, and 1 and 3 for
+    others.
 
     Near the highest rate that it bears, plain SGD crosses its steepest valley at each step, and one step alone then
     looks too long; over two the crossings cancel, and what is left is the progress. With other optimizers no line
@@ -115,6 +127,8 @@ def windows_for(
     """
     if window_steps is not None:
         return (window_steps,) if isinstance(window_steps, int) else tuple(window_steps)
-    if not all("dampening" in group for group in optimizer.param_groups):  # not SGD
+    if any("ns_steps" in group for group in optimizers.param_groups):  # Muon, of torch or not
+        return (1, 4)
+    if not all("dampening" in group for group in optimizers.param_groups):  # not SGD
         return (1, 3)
-    return (2,) if all(group["momentum"] == 0 for group in optimizer.param_groups) else (1, 2)
+    return (2,) if all(group["momentum"] == 0 for group in optimizers.param_groups) else (1, 2)

@@ -1,0 +1,76 @@
+"""A closure keeps the batch that it ran on, though the loop's variables go on to the next."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator
+from types import CellType, CodeType, FunctionType
+
+from torch import Tensor
+
+from .closures import Closure
+
+__all__ = ["bound"]
+
+_UNBOUND = object()
+
+
+def bound(closure: Closure) -> Closure:
+    """Return a closure that reads its free and global variables as they are now.
+
+    Python looks variables up when a function runs: ``lambda: loss_fn(model(x), y)`` reads the ``x`` of that moment.
+    A callable that is no function of Python, such as a ``functools.partial``, is returned as it is, and what the
+    function calls reads its own variables.
+
+    Args:
+        closure: returns the scalar loss.
+
+    Example:
+        >>> x = 1
+        >>> closure = bound(lambda: x)
+        >>> x = 2
+        >>> closure()
+        1
+    """
+    if not isinstance(closure, FunctionType):
+        return closure
+    original: Closure = closure
+    cells = closure.__closure__ or ()
+    contents = [_content(cell) for cell in cells]
+    names = list(dict.fromkeys(_names(closure.__code__)))
+    values = [closure.__globals__.get(name, _UNBOUND) for name in names]
+
+    def run() -> Tensor:
+        stays = all(_content(cell) is content for cell, content in zip(cells, contents, strict=True))
+        found = [closure.__globals__.get(name, _UNBOUND) for name in names]
+        if stays and all(one is other for one, other in zip(found, values, strict=True)):
+            return original()
+        rebuilt = _rebuilt(closure, contents, dict(zip(names, values, strict=True)))
+        return rebuilt()
+
+    return run
+
+
+def _rebuilt(closure: FunctionType, contents: list[object], values: dict[str, object]) -> Closure:
+    """Return the function with other contents of its cells and other global variables."""
+    cells = tuple(CellType() if content is _UNBOUND else CellType(content) for content in contents)
+    variables = {"__builtins__": builtins, **closure.__globals__, **values}
+    variables = {name: value for name, value in variables.items() if value is not _UNBOUND}
+    again = FunctionType(closure.__code__, variables, closure.__name__, closure.__defaults__, cells or None)
+    again.__kwdefaults__ = closure.__kwdefaults__
+    return again
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not bound yet
+        return _UNBOUND
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Return the names of global variables, and of attributes, that a function and those inside of it read."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

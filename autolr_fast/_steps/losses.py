@@ -1,0 +1,131 @@
+"""The training losses of the steps: run again if the step is probed, and their mean since the last probe."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._isolation import Closure, Replay
+
+__all__ = ["Losses"]
+
+_MICRO_BATCHES = ("last", "all")
+_FOLDED = 64  # losses on an accelerator, from which on they are added up
+
+
+class Losses:
+    """Sees the loss of every step, and remembers what made those of a step that will be probed.
+
+    Between probes no closure, no batch and no random state is kept, and nothing is read back from an accelerator.
+
+    Args:
+        model: that the closures call.
+        micro_batches: ``"last"`` or ``"all"`` of those of a step are run again.
+
+    Raises:
+        ValueError: if ``micro_batches`` is neither.
+    """
+
+    def __init__(self, model: nn.Module, micro_batches: str):
+        if micro_batches not in _MICRO_BATCHES:
+            raise ValueError(f"micro_batches={micro_batches!r} is not known: use 'last' or 'all'")
+        self._model = model
+        self._micro_batches = micro_batches
+        self._step = -1  # that the next losses are of
+        self._replay: Replay | None = None
+        self._own: list[Tensor] = []  # losses of what is replayed, as they were in training
+        self._sum: float | Tensor = 0.0
+        self._squares: float | Tensor = 0.0
+        self._count: int | Tensor = 0
+        self._pending: list[Tensor] = []
+
+    def remember(self, closure: Closure, step: int, is_first: bool = False) -> None:
+        """Remember a closure that is about to run, for the probe of a step.
+
+        Args:
+            closure: returns the loss.
+            step: that it is of.
+            is_first: whether the closures that were remembered for that step before are to be forgotten.
+        """
+        if self._replay is None or is_first or step != self._step or self._micro_batches == "last":
+            self._replay, self._own = Replay(self._model), []
+        self._step = step
+        self._replay.add(closure)
+
+    def has(self, step: int) -> bool:
+        """Whether a closure is remembered for a step."""
+        return self._replay is not None and len(self._replay) > 0 and step == self._step
+
+    def forget_last(self) -> None:
+        """Forget the closure that was remembered last: it raised."""
+        if self._replay is not None:
+            self._replay.drop_last()
+
+    def add(self, loss: Tensor) -> None:
+        """See a loss."""
+        if self._replay is not None and len(self._own) < len(self._replay):
+            self._own.append(loss.detach().clone().reshape(()))
+        if loss.is_cpu:
+            value = loss.item()
+            if math.isfinite(value):
+                self._sum += value
+                self._squares += value * value
+                self._count += 1
+            return
+        self._pending.append(loss.detach().clone().reshape(()))  # its memory may be the next loss's
+        if len(self._pending) == _FOLDED:
+            self._fold()
+
+    def take(self, step: int) -> tuple[Replay | None, Tensor | None]:
+        """Return what runs the batch of a step again, and its loss before the step, if known; forget both."""
+        replay, own = self._replay, self._own
+        self._replay, self._own = None, []
+        if replay is None or step != self._step or not len(replay):
+            return None, None
+        return replay, torch.stack(own).double().mean() if len(own) == len(replay) else None
+
+    def seen(self, own: Tensor | None) -> Tensor | None:
+        """Return what the losses were, or ``None`` if none came since :meth:`forget`.
+
+        Args:
+            own: 0-dim, the loss of the batch before its step, if known.
+
+        Returns:
+            [3] float64, on the device of the losses: the mean of the finite ones since then, its variance, and
+            ``own``; not a number if unknown. Nothing is read back.
+        """
+        self._fold()
+        if isinstance(self._count, int) and self._count == 0 and own is None:
+            return None
+        sums = (self._sum, self._squares, self._count)
+        total, squares, count = (torch.as_tensor(each, dtype=torch.float64) for each in sums)
+        mean = total / count
+        variance = (squares / count - mean * mean) / (count - 1)
+        return torch.stack([mean, variance, torch.full_like(mean, math.nan) if own is None else own])
+
+    def forget(self) -> None:
+        """Begin a new mean."""
+        self._sum, self._squares, self._count, self._pending = 0.0, 0.0, 0, []
+
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`load` takes."""
+        self._fold()
+        return {"sum": float(self._sum), "squares": float(self._squares), "count": int(self._count)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` returned."""
+        self._sum, self._squares, self._count = state["sum"], state["squares"], state["count"]
+        self._pending = []
+
+    def _fold(self) -> None:
+        if self._pending:
+            losses = torch.stack(self._pending).double()
+            finite = losses.isfinite()
+            losses = torch.where(finite, losses, 0.0)
+            self._sum = self._sum + losses.sum()
+            self._squares = self._squares + losses.square().sum()
+            self._count = self._count + finite.sum()
+            self._pending = []
