@@ -10,7 +10,7 @@ PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 .PHONY: help demo test lint format wheel bench clean
 
 help:
-	@echo "make demo     train a small network under every schedule, print a table, write a picture"
+	@echo "make demo     train a small network under every schedule, print a table, write two pictures"
 	@echo "make test     run all tests"
 	@echo "make lint     check format, lint and types"
 	@echo "make format   format and mend what can be mended"
@@ -48,7 +48,7 @@ bench: $(VENV)/dev.installed
 	$(BIN)/python -m benchmarks.report build/tree.json tree
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info autolr_demo.png autolr_demo.md autolr_fast/*.so
+	rm -rf $(VENV) build dist *.egg-info autolr_demo.png autolr_demo.md autolr_demo_run.png autolr_fast/*.so
 
 # The demo is fast enough without compiled operators, and starts sooner.
 $(VENV)/demo.installed: export AUTOLR_FAST_BUILD ?= none

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    what = "train a small network on digits under every schedule, print a table, write a picture"
+    what = "train a small network on digits under every schedule, print a table, write two pictures"
     demo_parser = commands.add_parser(
         "demo", help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -36,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo_parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9")
     demo_parser.add_argument("--epochs", type=_positive(int), default=10, help="length of each training")
     demo_parser.add_argument("--seed", type=int, default=0, help="of weights, split and order")
-    demo_parser.add_argument(
-        "--out", type=Path, default=Path("autolr_demo.png"), help="the picture; the table goes beside it, as .md"
-    )
+    what = "the picture; beside it go the table, as .md, and without --tree AutoLR's own run, as _run.png"
+    demo_parser.add_argument("--out", type=Path, default=Path("autolr_demo.png"), help=what)
 
     what = "print which backend serves each device, why the others do not, and what to do about it"
     commands.add_parser("info", help=what, description=what).set_defaults(run=info.main)

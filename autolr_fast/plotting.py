@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,8 +11,79 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ._tree import Branch, Epoch
+    from .probe import Probe
+    from .scheduler import AutoLR
 
-__all__ = ["Curve", "plot_runs", "plot_tree"]
+__all__ = ["Curve", "plot", "plot_runs", "plot_tree"]
+
+
+def plot(
+    scheduler: AutoLR,
+    *,
+    group: int = 0,
+    probe: int | None = None,
+    title: str = "What AutoLR did",
+    footer: str = "",
+) -> Figure:
+    """Draw a run: learning rate and level over optimizer steps, where steps were probed, and what one probe saw.
+
+    The level moves at probes alone. The learning rate is the level annealed, and is drawn up to the last step.
+    Bands show the calibration, and where no more probes come. A small panel shows the losses of one probe along its
+    line, and the factor that was chosen. Learning rates below a hundredth of the lowest level leave the picture.
+
+    Args:
+        scheduler: its run is drawn, as far as it has come.
+        group: index of the param group, of all optimizers together.
+        probe: index into ``scheduler.history`` of the probe in the small panel; by default the last.
+        title: over the picture.
+        footer: small print under it.
+
+    Returns:
+        A figure; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        ValueError: if there are no probes, or none with such an index or of such a group.
+
+    Example:
+        >>> import torch
+        >>> from autolr_fast import AutoLR
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        >>> scheduler = AutoLR(optimizer, model, total_steps=40)
+        >>> for _ in range(40):
+        ...     optimizer.zero_grad()
+        ...     loss = scheduler.loss(lambda: (model(torch.ones(8, 4)) - 1).square().mean())
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     scheduler.step()
+        >>> figure = plot(scheduler, title="forty steps")
+        >>> [text.get_text() for text in figure.axes[1].get_legend().get_texts()][:3]
+        ['learning rate', 'level, before annealing', 'probe']
+    """
+    probes = _probes_of(scheduler, group)
+    shown = _chosen(scheduler, probe)
+    figure, axes, key, small = _panel_with_inset(title, footer)
+
+    trace = _trace(scheduler, probes, group)
+    first, last = trace.starts[0], scheduler.last_epoch
+    steps = sorted({first + round(n / 1000 * (last - first)) for n in range(1001)} | set(trace.starts))
+    rates = [_rate_at(scheduler, trace, step) for step in steps]
+    size = min(4.0, max(1.0, 40 / len(probes) ** 0.5))  # the more probes, the finer
+    line = {"drawstyle": "steps-post", "linewidth": 0.5 + size / 3}  # a rate holds until the next step
+    axes.plot(steps, rates, label="learning rate", color=_HIGHLIGHT, zorder=3.0, **line)
+    levels = [*trace.levels, trace.levels[-1]]
+    axes.plot([*trace.starts, last], levels, label="level, before annealing", color=_COLORS[2], zorder=2.5, **line)
+    _mark_probes(axes, probes, shown, group, size)
+    _shade_bands(axes, scheduler)
+    lowest, highest = max(min(rates), min(levels) / 100), max(*rates, *levels)
+    margin = max(1.2, (highest / lowest) ** 0.06)
+    name = "learning rate" + f" of param group {group}" * (len(scheduler.base_lrs) > 1)
+    axes.set(xlabel="optimizer step", ylabel=name, yscale="log", ylim=(lowest / margin, highest * margin))
+    axes.margins(x=0.01)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    key.legend(*axes.get_legend_handles_labels(), loc="upper left", borderaxespad=0.0, frameon=False, fontsize=9)
+    _draw_line_of(small, shown)
+    return figure
 
 
 class Curve(NamedTuple):
@@ -136,18 +208,144 @@ def plot_tree(history: Sequence[Epoch], *, title: str, footer: str = "") -> Figu
     return figure
 
 
-def _two_panels(title: str, footer: str, xlabel: str) -> tuple[Figure, Any, Any]:
-    """Return an empty figure, and its panels."""
+class _Trace(NamedTuple):
+    """Level and learning rate of one param group, from each of S steps on."""
+
+    starts: Sequence[int]
+    levels: Sequence[float]
+    rates: Sequence[float]
+    base: float
+
+
+def _probes_of(scheduler: AutoLR, group: int) -> list[Probe]:
+    """Return the probes that moved a param group; there is one at least."""
+    groups = len(scheduler.base_lrs)
+    if not scheduler.history:
+        raise ValueError(
+            "scheduler.history=[] is empty: train a step first, its loss by scheduler.loss(closure), and call "
+            "scheduler.step() after it"
+        )
+    if not 0 <= group < groups:
+        raise ValueError(f"group={group} is not the index of one of {groups} param groups: give 0 to {groups - 1}")
+    probes = [each for each in scheduler.history if group < len(each.level_after)]
+    if not probes:
+        raise ValueError(f"group={group} was added after the last probe: draw it when a probe has moved it")
+    return probes
+
+
+def _chosen(scheduler: AutoLR, probe: int | None) -> Probe:
+    """Return the probe of an index, or the last."""
+    many = len(scheduler.history)
+    index = many - 1 if probe is None else probe
+    if not -many <= index < many:
+        raise ValueError(f"probe={probe} is not in scheduler.history, which has {many}: give {-many} to {many - 1}")
+    return scheduler.history[index]
+
+
+def _trace(scheduler: AutoLR, probes: Sequence[Probe], group: int) -> _Trace:
+    """Return what became of a param group: from the start if it was there, else from the first probe of it."""
+    base = scheduler.base_lrs[group]
+    starts = [each.step for each in probes]
+    levels = [float(each.level_after[group]) for each in probes]
+    rates = [float(each.lr_after[group]) for each in probes]
+    if probes[0] is scheduler.history[0]:
+        return _Trace([0, *starts], [base, *levels], [base, *rates], base)
+    return _Trace(starts, levels, rates, base)
+
+
+def _rate_at(scheduler: AutoLR, trace: _Trace, step: int) -> float:
+    """Return the learning rate after an optimizer step."""
+    since = bisect_right(trace.starts, step) - 1
+    level = scheduler._level
+    if level.total_steps is None:  # between probes it stays
+        return trace.rates[since]
+    lowest, highest = level.limits
+    return min(max(trace.levels[since] * level.multiplier(step), trace.base * lowest), trace.base * highest)
+
+
+def _mark_probes(axes: Any, probes: Sequence[Probe], shown: Probe, group: int, size: float) -> None:
+    """Mark the levels that the probes left."""
+
+    def mark(these: Sequence[Probe], label: str, **style: Any) -> None:
+        if these:
+            levels = [float(each.level_after[group]) for each in these]
+            axes.plot([each.step for each in these], levels, linestyle="", label=label, **style)
+
+    mark(probes, "probe", marker="o", markersize=size, color=_COLORS[2], zorder=4.0)
+    retaken = [each for each in probes if each.retaken is not None]
+    mark(retaken, "steps taken again", marker="v", markersize=7, color=_COLORS[3], zorder=4.5)
+    ring = {"markersize": 10, "markerfacecolor": "none", "markeredgecolor": "0.1", "zorder": 5.0}
+    mark([each for each in probes if each is shown], "probe shown below", marker="o", **ring)
+
+
+def _shade_bands(axes: Any, scheduler: AutoLR) -> None:
+    """Shade the steps that were calibrated, and those since the last probe if no more come."""
+    last, schedule = scheduler.last_epoch, scheduler._tracker.schedule
+    if schedule.first_steps:
+        end = min(schedule.first_steps, last)
+        axes.axvspan(0, end, label="calibration", color=_COLORS[4], alpha=0.22, linewidth=0.5)
+    probed_until = max(schedule.first_steps, schedule.last_step if schedule.every_steps else 0)
+    if scheduler._level.total_steps is not None and last > probed_until:
+        start = scheduler.history[-1].step
+        axes.axvspan(start, last, label="annealing alone", color=_COLORS[0], alpha=0.18, linewidth=0.5)
+
+
+def _draw_line_of(axes: Any, probe: Probe) -> None:
+    """Draw the losses that a probe saw over the factors, and the factor that it chose."""
+    seen = sorted(zip(probe.factors, probe.losses.tolist(), strict=True))
+    finite = [(factor, loss) for factor, loss in seen if isfinite(loss)]
+    others = [factor for factor, loss in seen if not isfinite(loss)]
+    chosen = float(probe.factor)
+    axes.axvline(chosen, color=_HIGHLIGHT, linewidth=1.5, linestyle="--")
+    axes.plot(*zip(*finite, strict=True) if finite else ([], []), color=_COLORS[2], marker="o", markersize=4)
+    axes.plot(others, [0.9] * len(others), "x", color=_HIGHLIGHT, transform=axes.get_xaxis_transform())
+    axes.set(xscale="log", ylabel="loss", xlabel="factor" + " (a cross: loss not finite)" * bool(others))
+    axes.margins(x=0.12, y=0.2)
+    losses = [loss for _, loss in finite]
+    if not finite:
+        axes.set_yticks([])
+    elif min(losses) > 0 and max(losses) > 100 * min(losses):
+        axes.set_yscale("log")
+    ticks = [factor for factor, _ in (seen if len(seen) <= 3 else (seen[0], seen[-1]))]
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.tick_params(labelsize=8)
+    axes.set_title(f"probe at step {probe.step}: factor {chosen:.3g}", fontsize=9, loc="right")
+
+
+def _panel_with_inset(title: str, footer: str) -> tuple[Figure, Any, Any, Any]:
+    """Return an empty figure, its panel, and beside it the place of the legend and a small panel."""
+    figure = _figure(title, footer)
+    grid = figure.add_gridspec(2, 2, width_ratios=(3.6, 1), height_ratios=(1, 1.1))
+    axes, key, small = (figure.add_subplot(cell) for cell in (grid[:, 0], grid[0, 1], grid[1, 1]))
+    key.set_axis_off()
+    for each in (axes, small):
+        _plain_style(each)
+    return figure, axes, key, small
+
+
+def _figure(title: str, footer: str) -> Figure:
+    """Return a figure without panels."""
     from matplotlib.figure import Figure  # noqa: PLC0415, an optional dependency
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(title)
+    figure.supxlabel(footer, fontsize=7, color="0.4")
+    return figure
+
+
+def _plain_style(axes: Any) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _two_panels(title: str, footer: str, xlabel: str) -> tuple[Figure, Any, Any]:
+    """Return an empty figure, and its panels."""
+    figure = _figure(title, footer)
     left, right = figure.subplots(1, 2)
     for axes in (left, right):
         axes.set(xlabel=xlabel)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    figure.supxlabel(footer, fontsize=7, color="0.4")
+        _plain_style(axes)
     return figure, left, right
 
 

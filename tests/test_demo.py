@@ -9,7 +9,7 @@ from autolr_fast.__main__ import main
 from autolr_fast.demo import schedules as demo
 
 pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
+Figure = pytest.importorskip("matplotlib.figure").Figure
 
 
 def test_demo_trains_every_schedule_from_every_start(tmp_path, capsys):
@@ -19,7 +19,9 @@ def test_demo_trains_every_schedule_from_every_start(tmp_path, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
     table = out.with_suffix(".md").read_text()
     assert table in printed
-    assert f"wrote {out}" in printed
+    for path in (out, out.with_suffix(".md"), tmp_path / "new" / "demo_run.png"):
+        assert f"wrote {path}\n" in printed
+    assert (tmp_path / "new" / "demo_run.png").read_bytes().startswith(b"\x89PNG")
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"
     ]
@@ -64,6 +66,25 @@ def test_autolr_learns_the_digits_from_a_start_where_cosine_does_not(optimizer):
     assert auto.lr_halfway > 100 * cosine.lr_halfway
     assert auto.curve.losses[-1] < auto.curve.losses[0]
     assert auto.overhead > cosine.overhead > 0
+    lrs = [
+        auto.scheduler.history[0].lr_before[0],
+        auto.scheduler.history[9].lr_after[0],
+        auto.scheduler.get_lr()[0],
+    ]
+    assert [auto.curve.lrs[0], auto.curve.lrs[1], auto.curve.lrs[-1]] == lrs
+    assert auto.scheduler.last_epoch == 132
+
+
+def test_the_run_that_is_drawn_is_of_the_middle_start(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(demo, "plot", lambda scheduler, **texts: drawn.append((scheduler, texts)) or Figure())
+    monkeypatch.setattr(demo, "_SCHEDULES", ("cosine", "AutoLR"))
+    main(["demo", "--lr", "0.1", "0.001", "0.01", "--epochs", "1", "--out", str(tmp_path / "demo.png")])
+    [(scheduler, texts)] = drawn
+    assert scheduler.base_lrs == [0.01]
+    assert scheduler.last_epoch == 33
+    assert texts["title"] == "AutoLR on digits, SGD, from a learning rate of 0.01"
+    assert "--epochs 1 --seed 0 --lr 0.1 0.001 0.01 " in texts["footer"]
 
 
 def test_digits_are_split_without_overlap():

@@ -1,9 +1,13 @@
+import dataclasses
 import math
 
 import pytest
+import torch
+from torch import nn
 
+from autolr_fast import AutoLR
 from autolr_fast._tree import Branch, Epoch
-from autolr_fast.plotting import Curve, plot_runs, plot_tree
+from autolr_fast.plotting import Curve, plot, plot_runs, plot_tree
 
 pytest.importorskip("matplotlib")
 
@@ -86,3 +90,171 @@ def test_losses_below_zero():
 def test_no_history():
     with pytest.raises(ValueError, match="train an epoch first"):
         plot_tree([], title="")
+
+
+def trained(steps, rates=(1e-3,), **options):
+    """A run of a param group for each rate, and the rates of each after each step, as the optimizer had them."""
+    model = nn.ModuleList(nn.Linear(5, 1) for _ in rates)
+    groups = [{"params": each.parameters(), "lr": lr} for each, lr in zip(model, rates, strict=True)]
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+    scheduler = AutoLR(optimizer, model, evaluator="inplace", **options)
+    had = [[float(group["lr"])] for group in optimizer.param_groups]
+    for _ in range(steps):
+        x = torch.randn(16, 5)
+        optimizer.zero_grad()
+        scheduler.loss(
+            lambda x=x: sum((each(x) - x.sin().sum(1, True)).square().mean() for each in model)
+        ).backward()
+        optimizer.step()
+        scheduler.step()
+        for rates_had, group in zip(had, optimizer.param_groups, strict=True):
+            rates_had.append(float(group["lr"]))
+    return scheduler, had
+
+
+def drawn(axes):
+    """Line artists and bands by label; those in the legend."""
+    return {artist.get_label(): artist for artist in (*axes.lines, *axes.patches)}
+
+
+def points(line):
+    return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [
+        (60, {"total_steps": 60}),
+        (60, {"total_steps": 100, "anneal": "linear", "lr_limits": (1e-4, 0.02)}),
+        (1500, {"total_steps": 1500, "probe_every_steps": 1, "anneal": lambda fraction: 0.1 + fraction}),
+        (120, {}),
+        (120, {"anneal": "plateau", "guard_probes": 3}),
+        (60, {"total_steps": 60, "calibration_steps": 0}),
+        (7, {"total_steps": 60}),
+    ],
+)
+@pytest.mark.parametrize("group", [0, 1])
+def test_rate_and_level_are_those_of_the_run(steps, options, group, tmp_path):
+    scheduler, had = trained(steps, rates=(1e-3, 5e-3), **options)
+    figure = plot(scheduler, group=group, title="title", footer="footer")
+    axes = figure.axes[0]
+    lines = drawn(axes)
+
+    rate = points(lines["learning rate"])
+    assert [lr for _, lr in rate] == pytest.approx([had[group][step] for step, _ in rate], rel=1e-12)
+    seen = {step for step, _ in rate}
+    probed = [probe.step for probe in scheduler.history]
+    assert seen >= {0, steps, *probed}
+    assert seen == set(range(steps + 1)) or len(seen) > 1000
+
+    levels = [float(probe.level_after[group]) for probe in scheduler.history]
+    start = (1e-3, 5e-3)[group]
+    level = lines["level, before annealing"]
+    assert points(level) == [(0, start), *zip(probed, levels, strict=True), (steps, levels[-1])]
+    assert {line.get_drawstyle() for line in (lines["learning rate"], level)} == {"steps-post"}
+    assert points(lines["probe"]) == list(zip(probed, levels, strict=True))
+
+    again = [(probe.step, float(probe.level_after[group])) for probe in scheduler.history if probe.retaken]
+    assert bool(again) == ("steps taken again" in lines) == (options.get("calibration_steps") != 0)
+    assert not again or points(lines["steps taken again"]) == again
+
+    assert axes.get_yscale() == "log"
+    low, high = axes.get_ylim()
+    assert low < max(min(lr for _, lr in rate), min(start, *levels) / 100)
+    assert high > max(*levels, *(lr for _, lr in rate))
+    assert axes.get_ylabel() == f"learning rate of param group {group}"
+    shown = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert shown == [label for label in lines if label[0] != "_"]
+    figure.savefig(tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "bands"),
+    [
+        (60, {"total_steps": 60}, {"calibration": (0, 20), "annealing alone": (30, 60)}),
+        (25, {"total_steps": 60}, {"calibration": (0, 20)}),
+        (7, {"total_steps": 60}, {"calibration": (0, 7)}),
+        (60, {"total_steps": 60, "probe_every_steps": None}, {"calibration": (0, 20), "annealing alone": (20, 60)}),
+        (60, {"total_steps": 60, "probe_until_fraction": 1.0, "calibration_steps": 0}, {}),
+        (60, {"probe_every_steps": None}, {"calibration": (0, 20)}),
+    ],
+)
+def test_bands(steps, options, bands):
+    axes = plot(trained(steps, **options)[0]).axes[0]
+    found = {patch.get_label(): (patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches}
+    assert found == bands
+    assert axes.get_ylabel() == "learning rate"
+
+
+@pytest.mark.parametrize("index", [None, 0, 3, -2])
+def test_the_small_panel_shows_one_probe(index):
+    scheduler, _ = trained(60, total_steps=60)
+    axes, _, small = plot(scheduler, probe=index).axes
+    probe = scheduler.history[-1 if index is None else index]
+    chosen, losses, _ = small.lines
+    assert points(losses) == sorted(zip(probe.factors, probe.losses.tolist(), strict=True))
+    assert list(chosen.get_xdata()) == [float(probe.factor)] * 2
+    assert small.get_xscale() == "log"
+    assert small.get_title("right") == f"probe at step {probe.step}: factor {float(probe.factor):.3g}"
+    assert points(drawn(axes)["probe shown below"]) == [(probe.step, float(probe.level_after[0]))]
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [
+        ([math.inf, 2.0, math.nan, 1.0], "linear"),
+        ([math.nan] * 4, "linear"),
+        ([1e30, 2.0, 1e3, 1.0], "log"),
+        ([1e30, 2.0, -1e3, 1.0], "linear"),
+    ],
+)
+def test_losses_that_are_not_finite_are_crosses(losses, scale, tmp_path):
+    scheduler, _ = trained(30)
+    factors = (4.0, 0.5, 2.0, 0.25)
+    seen = torch.tensor(losses, dtype=torch.float64)
+    scheduler.history[-1] = dataclasses.replace(scheduler.history[-1], factors=factors, losses=seen)
+    figure = plot(scheduler)
+    small = figure.axes[2]
+    pairs = sorted(zip(factors, losses, strict=True))
+    assert points(small.lines[1]) == [(factor, loss) for factor, loss in pairs if math.isfinite(loss)]
+    assert list(small.lines[2].get_xdata()) == [factor for factor, loss in pairs if not math.isfinite(loss)]
+    assert small.get_yscale() == scale
+    figure.savefig(tmp_path / "run.png")
+
+
+def test_a_group_that_was_added_is_drawn_from_its_first_probe():
+    scheduler, _ = trained(30, total_steps=60, probe_until_fraction=1.0)
+    model = scheduler._prober.model
+    model.append(nn.Linear(5, 1))
+    optimizer = scheduler.optimizer
+    optimizer.add_param_group({"params": model[1].parameters(), "lr": 0.01})
+    had = []
+    for step in range(31, 46):
+        scheduler.loss(lambda: sum(each(torch.ones(1, 5)).square().mean() for each in model)).backward()
+        optimizer.step()
+        scheduler.step()
+        had.append(optimizer.param_groups[1]["lr"])
+        if step == 31:
+            with pytest.raises(ValueError, match="group=1 was added after the last probe: draw it when"):
+                plot(scheduler, group=1)
+    lines = drawn(plot(scheduler, group=1).axes[0])
+    assert list(lines["learning rate"].get_xdata()) == [40, 41, 42, 43, 44, 45]
+    assert list(lines["learning rate"].get_ydata()) == pytest.approx(had[9:], rel=1e-12)
+    assert "probe shown below" not in drawn(plot(scheduler, group=1, probe=0).axes[0])
+
+
+def test_what_cannot_be_drawn():
+    scheduler, _ = trained(30, rates=(1e-3, 2e-3))
+    for group in (-1, 2):
+        with pytest.raises(
+            ValueError, match=f"group={group} is not the index of one of 2 param groups: give 0 to 1"
+        ):
+            plot(scheduler, group=group)
+    for probe in (21, -22):
+        with pytest.raises(
+            ValueError, match=f"probe={probe} is not in scheduler.history, which has 21: give -21 to 20"
+        ):
+            plot(scheduler, probe=probe)
+    with pytest.raises(ValueError, match=r"scheduler.history=\[\] is empty: train a step first"):
+        plot(trained(0)[0])

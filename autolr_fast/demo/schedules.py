@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, StepLR
 
-from ..plotting import Curve, plot_runs
+from ..plotting import Curve, plot, plot_runs
 from ..scheduler import AutoLR
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class Run(NamedTuple):
         loss: mean cross-entropy of the test images at the end.
         seconds: of training, probes included, validation not.
         overhead: seconds spent in ``scheduler.step`` over the others.
+        scheduler: as it was at the end.
     """
 
     curve: Curve
@@ -92,10 +93,11 @@ class Run(NamedTuple):
     loss: float
     seconds: float
     overhead: float
+    scheduler: LRScheduler
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train every combination, print the table, write the picture.
+    """Train every combination, print the table, write the pictures: of all runs, and of one by AutoLR.
 
     Args:
         args: what ``python -m autolr_fast demo --help`` lists.
@@ -125,6 +127,12 @@ def main(args: argparse.Namespace) -> None:
         footer=f"{command}   ({machine})",
     )
     write(args.out, figure, text)
+    middle = sorted(args.lr)[len(args.lr) // 2]
+    scheduler = next(run.scheduler for run in runs if run.curve.label == "AutoLR" and run.lr0 == middle)
+    assert isinstance(scheduler, AutoLR)
+    title = f"AutoLR on digits, {args.optimizer.upper()}, from a learning rate of {middle:g}"
+    figure = plot(scheduler, title=title, footer=f"{command}   ({machine})")
+    _save(figure, args.out.with_stem(f"{args.out.stem}_run"))
 
 
 def describe(args: argparse.Namespace) -> tuple[str, str]:
@@ -132,16 +140,21 @@ def describe(args: argparse.Namespace) -> tuple[str, str]:
     command = "python -m autolr_fast demo" + " --tree" * args.tree
     command += f" --optimizer {args.optimizer} --epochs {args.epochs} --seed {args.seed}"
     command += " --lr " + " ".join(f"{lr:g}" for lr in args.lr)
-    return command, f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return command, f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
 
 
 def write(out: Path, figure: Figure, text: str) -> None:
     """Write a picture, and a text beside it as .md."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    _save(figure, out)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
-    for path in (out, out.with_suffix(".md")):
-        print(f"wrote {path}")
+    print(f"wrote {out.with_suffix('.md')}")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
 
 
 def load_digits(seed: int) -> Digits:
@@ -202,14 +215,13 @@ def train(
     for step in range(1, total_steps + 1):
         start = time.perf_counter()
         x, y = _batch(digits.train, step - 1, seed)
+        closure = partial(_loss, model, x, y)
         optim.zero_grad()
-        _loss(model, x, y).backward()  # type: ignore[no-untyped-call]
+        loss = scheduler.loss(closure) if isinstance(scheduler, AutoLR) else closure()
+        loss.backward()  # type: ignore[no-untyped-call]
         optim.step()
         stepped = time.perf_counter()
-        if isinstance(scheduler, AutoLR):
-            scheduler.step(partial(_loss, model, x, y))
-        else:
-            scheduler.step()
+        scheduler.step()
         training += stepped - start
         scheduling += time.perf_counter() - stepped
         if step % _VALIDATE_EVERY == 0 or step == total_steps:
@@ -218,15 +230,16 @@ def train(
             losses.append(evaluate(model, *digits.validation)[0])
         progress()
 
-    loss, accuracy = evaluate(model, *digits.test)
+    test_loss, accuracy = evaluate(model, *digits.test)
     return Run(
         Curve(schedule, steps, lrs, losses),
         lr0=lr,
         lr_halfway=lrs[len(lrs) // 2],
         accuracy=accuracy,
-        loss=loss,
+        loss=test_loss,
         seconds=training + scheduling,
         overhead=scheduling / training,
+        scheduler=scheduler,
     )
 
 
