@@ -1,8 +1,10 @@
 """Models, batches and the independent loops that the tests compare with."""
 
 import copy
+import random
 import warnings
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -179,6 +181,41 @@ def losses_of_copies(model, prev, factors, loss_of):
                     parameter.copy_(between(prev[name], parameter, factor))
             losses.append(loss_of(candidate).item())
     return losses
+
+
+def random_states():
+    """Where all random-number streams are."""
+    states = [random.getstate(), numpy.random.get_state(), torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state()] if ON_GPU else states
+
+
+def set_random_states(states):
+    """Put all random-number streams where they were."""
+    setters = [random.setstate, numpy.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state]
+    for setter, state in zip(setters, states, strict=False):
+        setter(state)
+
+
+def from_states(states, loss_of):
+    """``loss_of`` with its random numbers from where the streams were; afterwards they are where they are now."""
+
+    def loss_from_there(model):
+        now = random_states()
+        set_random_states(states)
+        try:
+            return loss_of(model)
+        finally:
+            set_random_states(now)
+
+    return loss_from_there
+
+
+def raise_rate(scheduler, times):
+    """Take the next step at a rate that is far too high; the level stays."""
+    level = scheduler._level.value.clone()
+    scheduler._level.start_at(times * level)
+    scheduler._level.apply(scheduler.last_epoch)
+    scheduler._level.start_at(level)
 
 
 def everything(model, optimizer):

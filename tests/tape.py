@@ -49,6 +49,7 @@ class Tape(TorchDispatchMode):
             for tensor in made:
                 tensor.detach().fill_(float("nan") if tensor.is_floating_point() else 0)
 
+    @torch.autocast("cpu", enabled=False)  # kernels are what they were recorded as
     def replay(self):
         for func, args, kwargs, made in self._operations:
             given = {_address(tensor) for tensor in _tensors((args, kwargs))}

@@ -9,7 +9,7 @@ import pytest
 import autolr_fast
 
 PACKAGE = Path(autolr_fast.__file__).parent
-SHARED = {"_arguments", "_state", "__init__"}  # checks, the header of states, the version: anyone may use them
+SHARED = {"_arguments", "_optimizers", "_state", "__init__"}  # anyone may use them
 PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
@@ -50,4 +50,12 @@ def test_a_room_knows_no_more_than_it_may(room):
 
 def test_every_room_is_in_the_table():
     rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert rooms - set(MAY_IMPORT) == {"__init__", "__main__", "_arguments", "_state", "plotting", "demo"}
+    assert rooms - set(MAY_IMPORT) == {
+        "__init__",
+        "__main__",
+        "_arguments",
+        "_optimizers",
+        "_state",
+        "plotting",
+        "demo",
+    }

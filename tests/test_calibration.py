@@ -11,9 +11,10 @@ from autolr_fast import FACTORS_2, FACTORS_3, FACTORS_7, AutoLR, Rule
 from autolr_fast._calibration import start_ratio
 from autolr_fast._calibration.search import search, search_again
 from autolr_fast._evaluators import Look
+from autolr_fast._optimizers import Optimizers
 from benchmarks.models import CharacterTransformer
 
-from .helpers import assert_same, between, everything, losses_of_copies, problem, sgd, train_step
+from .helpers import assert_same, between, everything, losses_of_copies, problem, raise_rate, sgd, train_step
 
 
 @pytest.mark.parametrize("lr0", [1e-5, 1e-2, 10.0])
@@ -77,8 +78,10 @@ def test_momentum_lowers_the_calibrated_level():
         scheduler.step(lambda model=model, loss_of=loss_of: loss_of(model))
         rates[momentum] = scheduler.level[0]
     assert rates[0.9] == pytest.approx(rates[0.0] * 3 * 0.1, rel=1e-4)
-    assert start_ratio(torch.optim.Adam(model.parameters()), began_warm=False) == 1 / 3
-    assert start_ratio(torch.optim.RMSprop(model.parameters(), momentum=0.9), began_warm=False) == 1 / 3
+    adam, rmsprop = torch.optim.Adam(model.parameters()), torch.optim.RMSprop(model.parameters(), momentum=0.9)
+    assert start_ratio(Optimizers(adam), began_warm=False) == 1 / 3
+    assert start_ratio(Optimizers(rmsprop), began_warm=False) == 1 / 3
+    assert start_ratio(Optimizers([adam, optimizer]), began_warm=False) == pytest.approx(0.1)
 
 
 def test_a_warm_momentum_buffer_needs_no_lower_level():
@@ -110,7 +113,7 @@ def test_a_step_that_rounds_away_is_told_and_loses_nothing():
     scheduler = AutoLR(optimizer, model)
     before = [p.detach().clone() for p in model.parameters()]
     train_step(model, optimizer, loss_of)
-    with pytest.warns(UserWarning, match="changed too little for the precision.*start from a higher learning rate"):
+    with pytest.warns(UserWarning, match="below the precision of the loss: start from a higher learning rate"):
         scheduler.step(lambda: loss_of(model))
     assert_same(before, [p.detach().clone() for p in model.parameters()])
     assert optimizer.param_groups[0]["lr"] == 1e-12
@@ -222,7 +225,7 @@ def look_at(loss_of, precision=1e-12):
 def test_search_finds_where_the_loss_is_lowest(best, factors):
     """A parabola is met exactly, from wherever it starts."""
     look, asked = look_at(lambda ratio: (ratio / best - 1) ** 2)
-    ratio, _, rounds, flat, _ = search(look, factors, 1e-9, 1e9)
+    ratio, _, rounds, flat, *_ = search(look, factors, 1e-9, 1e9)
     assert ratio == pytest.approx(best, rel=1e-6)
     assert asked[0] == factors
     assert len(asked) == rounds <= 12
@@ -239,7 +242,7 @@ def test_search_comes_down_from_where_no_loss_is_finite(ruined):
 def test_search_leaves_where_all_losses_are_equal(best):
     """Too low to be seen at first, or so high that the loss has saturated."""
     look, _ = look_at(lambda ratio: min((ratio / best - 1) ** 2, 4.0), precision=1e-4)
-    ratio, _, rounds, flat, _ = search(look, FACTORS_2, 1e-9, 1e9)
+    ratio, _, rounds, flat, *_ = search(look, FACTORS_2, 1e-9, 1e9)
     assert ratio == pytest.approx(best, rel=1e-6)
     assert rounds < 20
     assert not flat
@@ -271,7 +274,7 @@ def test_search_of_losses_of_eight_bits_ends_in_their_flat_bottom(best):
             return round(128 * (2 + (ratio / best - 1) ** 2) + off) / 128
 
         look, _ = look_at(loss_of, precision=2**-9)
-        ratio, _, rounds, flat, _ = search(look, FACTORS_2, 1e-9, 1e9)
+        ratio, _, rounds, flat, *_ = search(look, FACTORS_2, 1e-9, 1e9)
         assert ratio == pytest.approx(best, rel=0.25)
         assert rounds < 20
         assert not flat
@@ -384,6 +387,14 @@ def test_steps_after_which_the_loss_is_four_times_as_high_had_better_been_shorte
     assert found.cost < 1.1
 
 
+def test_where_the_steps_began_is_not_looked_at_if_it_is_known():
+    look, asked = look_at(lambda ratio: 1 + 100 * (ratio - 0.1) ** 2)
+    assert search_again(look, FACTORS_2, 82.0, 1.5, began=2.0).ratio == pytest.approx(0.1)
+    assert asked[0] == (1.0,)
+    for began in (50.0, math.inf, math.nan):  # then these steps did no harm, or cannot be compared
+        assert search_again(look, FACTORS_2, 82.0, 1.5, began=began) is None
+
+
 def test_a_negative_loss_blows_up_by_its_size():
     assert again(lambda ratio: 3.1 * ratio - 1, 2.1, -1.0)[0].ratio == 1e-3
     assert again(lambda ratio: 2.9 * ratio - 1, 1.9, -1.0) == (None, 0)
@@ -438,7 +449,7 @@ def test_steps_that_blow_the_loss_up_are_taken_again(build, at, window):
         lowest = min(lowest, *scheduler.last_probe.losses[:1].tolist())
     assert scheduler.state_dict()["calibration"]["lowest_cost"] == pytest.approx(lowest, rel=0.2)
     level = scheduler.level[0]
-    optimizer.param_groups[0]["lr"] *= 300
+    raise_rate(scheduler, 300)
     train()
     blown, loss = [parameter.detach().clone() for parameter in model.parameters()], loss_of(model).item()
     scheduler.step(lambda: loss_of(model))
@@ -465,7 +476,7 @@ def spiked(model, loss_of, optimizer, scheduler):
     """Train for five steps, and take the sixth at a rate that is far too high."""
     for step in range(1, 7):
         if step == 6:
-            optimizer.param_groups[0]["lr"] *= 300
+            raise_rate(scheduler, 300)
         train_step(model, optimizer, loss_of)
         if step < 6:
             scheduler.step(lambda: loss_of(model))
@@ -528,7 +539,7 @@ def test_what_was_unfrozen_since_the_steps_began_keeps_its_own():
         train_step(model, optimizer, loss_of)
         scheduler.step(lambda: loss_of(model))
     model[0].requires_grad_(True)
-    optimizer.param_groups[0]["lr"] *= 300
+    raise_rate(scheduler, 300)
     train_step(model, optimizer, loss_of)
     own, taken = model[0].weight.detach().clone(), model[2].weight.detach().clone()
     scheduler.step(lambda: loss_of(model))
@@ -570,7 +581,7 @@ def test_a_run_resumed_after_steps_were_taken_again_is_the_same():
     others_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     resumed.load_state_dict(copy.deepcopy(scheduler.state_dict()))
     for network, optim, schedule in ((model, optimizer, scheduler), (other, others_optimizer, resumed)):
-        optim.param_groups[0]["lr"] *= 300
+        raise_rate(schedule, 300)
         train_step(network, optim, loss_of)
         schedule.step(lambda network=network: loss_of(network))
         assert schedule.last_probe.rounds > 1
@@ -603,7 +614,7 @@ def test_later_steps_are_not_taken_again():
     scheduler = AutoLR(optimizer, model, calibration_steps=3, probe_every_steps=1)
     for step in range(1, 6):
         if step == 5:
-            optimizer.param_groups[0]["lr"] *= 1e4
+            raise_rate(scheduler, 1e4)
         train_step(model, optimizer, loss_of)
         before = everything(model, optimizer)
         scheduler.step(lambda: loss_of(model))

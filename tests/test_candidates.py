@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autolr_fast._ops.buffer import StackedBuffer
+from autolr_fast._optimizers import Optimizers
 from autolr_fast._steps import GradientLine, StepLine, candidate_parameters
 
 from .helpers import mlp
@@ -40,8 +41,8 @@ def test_step_line(dtype, atol, rtol):
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
 def test_gradient_line_by_hand(lr):
     model = nn.Linear(2, 1, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    line = GradientLine(model, optimizer, lambda: model.weight.square().sum())
+    optimizers = Optimizers(torch.optim.SGD(model.parameters(), lr=lr))
+    line = GradientLine(model, optimizers, lambda: model.weight.square().sum())
     out = [torch.empty(1, 2)]
     line.writer([model.weight.detach()], [row.unsqueeze(0) for row in out])([2.0])
     torch.testing.assert_close(out[0], model.weight.detach() * (1 - 2 * 0.1 * 2))
@@ -50,9 +51,9 @@ def test_gradient_line_by_hand(lr):
 
 def test_gradient_line_refuses_a_detached_loss():
     model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizers = Optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(TypeError, match="detached"):
-        GradientLine(model, optimizer, lambda: model(torch.ones(1, 5)).sum().detach())
+        GradientLine(model, optimizers, lambda: model(torch.ones(1, 5)).sum().detach())
 
 
 @given(shapes, st.integers(1, 7))
@@ -86,32 +87,29 @@ def test_buffer_keeps_strides():
 def test_parameters_in_optimizer_order_by_name():
     model = mlp()
     groups = [{"params": model[2].parameters()}, {"params": model[0].parameters()}]
-    found = candidate_parameters(model, torch.optim.SGD(groups, lr=0.1))
+    found = candidate_parameters(model, Optimizers(torch.optim.SGD(groups, lr=0.1)))
     assert list(found.values()) == ["2.weight", "2.bias", "0.weight", "0.bias"]
     assert list(found)[3] is model[0].bias
 
 
 def test_foreign_model():
     with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[0\].*not a parameter of the model"):
-        candidate_parameters(mlp(), torch.optim.SGD(mlp().parameters(), lr=0.1))
+        candidate_parameters(mlp(), Optimizers(torch.optim.SGD(mlp().parameters(), lr=0.1)))
 
 
-def test_partly_optimized_model():
+def test_parameters_that_no_optimizer_holds_are_no_candidates():
     model = mlp()
-    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"'2.weight' \(and 1 more\).*freeze"):
-        candidate_parameters(model, optimizer)
-    model[2].requires_grad_(False)
-    assert list(candidate_parameters(model, optimizer).values()) == ["0.weight", "0.bias"]
+    optimizers = Optimizers(torch.optim.SGD(model[0].parameters(), lr=0.1))
+    assert list(candidate_parameters(model, optimizers).values()) == ["0.weight", "0.bias"]
 
 
 def test_complex_and_sparse_parameters():
     model = nn.ParameterDict({"z": nn.Parameter(torch.ones(2, dtype=torch.complex64))})
     with pytest.raises(TypeError, match="'z' is torch.complex64.*view_as_real"):
-        candidate_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        candidate_parameters(model, Optimizers(torch.optim.SGD(model.parameters(), lr=0.1)))
     model = nn.ParameterDict({"s": nn.Parameter(torch.eye(2).to_sparse())})
     with pytest.raises(TypeError, match="'s' is .*torch.sparse_coo"):
-        candidate_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        candidate_parameters(model, Optimizers(torch.optim.SGD(model.parameters(), lr=0.1)))
 
 
 def test_parameter_changed_within_the_window():

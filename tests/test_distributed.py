@@ -52,9 +52,11 @@ def trained(rank, case):
     rows = []
     for step in range(STEPS):
         loss_of = partial(loss_at, name=name, rank=rank, step=step)
-        train_step(model, optimizer, loss_of)
+        optimizer.zero_grad()
+        scheduler.loss(partial(loss_of, model)).backward()
+        optimizer.step()
         before = everything(model, optimizer)
-        scheduler.step(partial(loss_of, model))
+        scheduler.step()
         probe = scheduler.last_probe
         if probe.rounds == 1:  # calibration moves the parameters
             assert_same(before, everything(model, optimizer))
@@ -139,8 +141,10 @@ def test_ranks_equal_one_process_with_all_batches(results, case):
 
     rows, parameters = results[0][case]
     for step, (lr, losses, _) in enumerate(rows):
-        train_step(model, optimizer, lambda model, step=step: loss(model, step))
-        scheduler.step(lambda step=step: loss(model, step))
+        optimizer.zero_grad()
+        scheduler.loss(partial(loss, model, step)).backward()
+        optimizer.step()
+        scheduler.step()
         torch.testing.assert_close(scheduler.last_probe.losses, losses, rtol=1e-4, atol=1e-5)
         assert scheduler.get_last_lr()[0] == pytest.approx(lr, rel=1e-3)
     for ours, theirs in zip(parameters, model.parameters(), strict=True):

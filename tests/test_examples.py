@@ -8,7 +8,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("pyarrow")
 
 from benchmarks.tests.test_paper_train import write_shard
-from examples import alr_tree
+from examples import accumulation, alr_tree, two_optimizers
 
 
 def epochs_of(printed):
@@ -33,3 +33,17 @@ def test_tree_on_images(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     alr_tree.main(["--data", str(tmp_path), "--epochs", "1", "--batch-size", "16"])
     assert len(epochs_of(capsys.readouterr().out)) == 1
+
+
+def test_two_optimizers(capsys):
+    two_optimizers.main()
+    level, accuracy = re.findall(r"level (.*), test accuracy (.*)%", capsys.readouterr().out)[0]
+    assert float(level) > 1e-4
+    assert float(accuracy) > 90
+
+
+def test_accumulation(capsys):
+    accumulation.main()
+    printed = capsys.readouterr().out
+    assert float(re.findall(r"^loss (\S+),", printed)[0]) < 0.05
+    assert "Probe(step=70, " in printed

@@ -54,10 +54,16 @@ def test_a_tensor_lr_never_waits_for_the_gpu(optimizer, evaluator):
         optimizer, model, total_steps=100, calibration_steps=3, probe_every_steps=5, evaluator=evaluator
     )
     for step in range(1, 61):
-        train_step(model, optimizer, loss_of)  # torch's own may wait
-        torch.cuda.set_sync_debug_mode("default" if step < 20 else "error")
+        mode = "default" if step < 20 else "error"
+        optimizer.zero_grad()
+        torch.cuda.set_sync_debug_mode(mode)
         try:
-            scheduler.step(lambda: loss_of(model))
+            loss = scheduler.loss(lambda: loss_of(model))
+            torch.cuda.set_sync_debug_mode("default")
+            loss.backward()
+            optimizer.step()  # torch's own may wait
+            torch.cuda.set_sync_debug_mode(mode)
+            scheduler.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert scheduler.last_probe.step == 50
@@ -73,12 +79,17 @@ def test_a_float_lr_waits_once_a_probe():
     )
     waits = []
     for _ in range(30):
-        train_step(model, optimizer, loss_of)
+        optimizer.zero_grad()
         with warnings.catch_warnings(record=True) as caught:
             warnings.filterwarnings("always", message="called a synchronizing")
             warnings.filterwarnings("ignore", message="Synchronization debug mode")
             torch.cuda.set_sync_debug_mode("warn")
-            scheduler.step(lambda: loss_of(model))
+            loss = scheduler.loss(lambda: loss_of(model))
+            torch.cuda.set_sync_debug_mode("default")
+            loss.backward()
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("warn")
+            scheduler.step()
             torch.cuda.set_sync_debug_mode("default")
         waits.append(len(caught))
     assert waits[10:] == [int(step % 5 == 0) for step in range(11, 31)]

@@ -5,6 +5,7 @@ import torch
 
 from autolr_fast._level import Level
 from autolr_fast._level.annealing import ANNEALINGS, resolve_annealing
+from autolr_fast._optimizers import Optimizers
 
 from .helpers import mlp
 
@@ -18,7 +19,7 @@ def optimizer_of(*lrs):
 
 def level_of(*lrs, total_steps=None, lr_limits=(1e-12, 1e4)):
     optimizer = optimizer_of(*lrs)
-    return optimizer, Level(optimizer, "cosine", total_steps, lr_limits, guard_probes=0)
+    return optimizer, Level(Optimizers(optimizer), "cosine", total_steps, lr_limits, guard_probes=0)
 
 
 def test_cosine_equals_torch():
@@ -81,10 +82,14 @@ def test_new_group_keeps_what_its_user_wrote():
 @pytest.mark.parametrize(
     ("lrs", "limits", "says"),
     [
-        ((0.0,), {}, "lr=0.0 of param group 0 is not positive.*requires_grad_"),
-        ((0.1, math.inf), {}, "lr=inf of param group 1 is not positive and finite"),
-        ((0.1,), {"lr_limits": (1e-12, 0.01)}, r"lr=0.1 of param group 0 is outside lr_limits=\(1e-12, 0.01\)"),
-        ((0.1, 1e-3), {"lr_limits": (1e-3, 0.05)}, "lr=0.1 of param group 0 is outside"),
+        ((0.0,), {}, r"lr=0.0 of optimizer.param_groups\[0\] is not positive.*requires_grad_"),
+        ((0.1, math.inf), {}, r"lr=inf of optimizer.param_groups\[1\] is not positive and finite"),
+        (
+            (0.1,),
+            {"lr_limits": (1e-12, 0.01)},
+            r"lr=0.1 of optimizer.param_groups\[0\] is outside lr_limits=\(1e-12, 0.01\)",
+        ),
+        ((0.1, 1e-3), {"lr_limits": (1e-3, 0.05)}, r"lr=0.1 of optimizer.param_groups\[0\] is outside"),
         ((torch.ones(2),), {}, r"shape \[2\]"),
         ((torch.tensor(0.1, requires_grad=True),), {}, "requires_grad=True.*written in place"),
         ((torch.tensor(0.1, dtype=torch.float16),), {}, "torch.float16 tensor"),
@@ -116,6 +121,20 @@ def test_following_scales_the_log_factor_by_the_annealing():
     assert level.value.item() == pytest.approx(math.sqrt(2))
     level.follow(torch.tensor(4.0, dtype=torch.float64), torch.tensor(1.0), step=100)
     assert level.value.item() == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize("errors", [-3.0, 0.0, 0.9, 1.1, 1.9, 2.1, 9.0])
+@pytest.mark.parametrize(
+    ("variance", "least"), [(None, 1.0), (torch.tensor(0.0), 2.0), (torch.tensor(math.nan), 2.0)]
+)
+def test_progress_is_two_standard_errors_of_means_or_one_of_candidates(variance, least, errors):
+    """Of four losses the last two are that far below the first two; the level is left to the factor."""
+    level = Level(Optimizers(optimizer_of(0.1)), "plateau", None, (1e-12, 1e4), guard_probes=2)
+    apart = 0.3  # within each pair, so the error of the difference of their means is 0.3 / sqrt(2)
+    newer = 7.0 - errors * apart / math.sqrt(2)
+    for loss in (7.0 + apart, 7.0, newer + apart, newer):
+        level.follow(torch.ones((), dtype=torch.float64), torch.tensor(loss), step=1, variance=variance)
+    assert level.state()["plateau"] == (0.8 if errors <= least else 1.0)
 
 
 @pytest.mark.parametrize(("retaken", "left"), [(0.1, 0.5), (0.7, 0.7), (1.0, 1.0)])

@@ -15,7 +15,7 @@ from .helpers import mlp, problem, sgd
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LOOP, EQUIVALENT, TREE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOOP, EQUIVALENT, SEVERAL, TREE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_loop_runs_as_it_stands():
@@ -33,14 +33,32 @@ def test_the_equivalent_is_equivalent():
     x, y = torch.randn(12, 5), torch.randint(3, (12,))
     optimizer = sgd(model, momentum=0.9)
     scheduler = AutoLR(optimizer, model, calibration_steps=0, probe_every_steps=1, rule=Rule(window_steps=1))
+    loss = scheduler.loss(lambda: F.cross_entropy(model(x), y))
     scope = {"copy": copy, "math": math, "model": model, "loss_fn": F.cross_entropy, "x": x, "y": y}
     scope |= {"factors": FACTORS_2, "lr": 0.1, "prev": [p.detach().clone() for p in model.parameters()]}
-    F.cross_entropy(model(x), y).backward()
+    loss.backward()
     optimizer.step()
     exec(EQUIVALENT, scope)
-    scheduler.step(lambda: F.cross_entropy(model(x), y))
+    scheduler.step()
     assert scheduler.get_last_lr()[0] == pytest.approx(scope["lr"], rel=1e-4)
     assert scope["lr"] != 0.1
+
+
+def test_several_optimizers_run_as_they_stand():
+    model = mlp()
+    x, y = torch.randn(12, 5), torch.randint(3, (12,))
+    scope = {"torch": torch, "AutoLR": AutoLR, "model": model, "loader": [(x, y)] * 20, "epochs": 3}
+    exec(SEVERAL, scope)
+    scheduler, first = scope["scheduler"], F.cross_entropy(model(x), y).item()
+    for _ in range(60):
+        model.zero_grad()
+        scheduler.loss(lambda: F.cross_entropy(model(x), y)).backward()
+        scope["muon"].step()
+        scope["adamw"].step()
+        scheduler.step()
+    assert scheduler.last_epoch == 60  # one step for both
+    assert scheduler.last_probe.step == 30
+    assert F.cross_entropy(model(x), y).item() < 0.5 * first
 
 
 def test_the_tree_runs_as_it_stands(capsys):

@@ -1,6 +1,7 @@
 import copy
 import gc
 import io
+import json
 import math
 import pickle
 import warnings
@@ -25,6 +26,7 @@ from autolr_fast import (
     reference,
 )
 from autolr_fast._level import Level
+from autolr_fast._optimizers import Optimizers
 
 from .helpers import (
     MODELS,
@@ -213,8 +215,7 @@ def test_a_raising_closure_loses_nothing(evaluator, raise_at):
     model, loss_of = problem("convnet")
     optimizer = sgd(model, momentum=0.9)
     scheduler = AutoLR(optimizer, model, probe_every_steps=1, calibration_steps=0, evaluator=evaluator)
-    for _ in range(3):
-        train_step(model, optimizer, loss_of)
+    train_step(model, optimizer, loss_of)
     before, lr, calls = everything(model, optimizer), optimizer.param_groups[0]["lr"], 0
     state, probe = scheduler.state_dict(), scheduler.last_probe
 
@@ -335,7 +336,7 @@ def test_without_closure_it_anneals_and_says_once_how_to_probe():
     model, loss_of = problem("mlp")
     optimizer = sgd(model, lr=0.2)
     scheduler = AutoLR(optimizer, model, total_steps=10)
-    with pytest.warns(UserWarning, match="without a closure.*scheduler.step\\(lambda") as caught:
+    with pytest.warns(UserWarning, match="no loss came through AutoLR.*scheduler.loss\\(lambda") as caught:
         for _ in range(10):
             train_step(model, optimizer, loss_of)
             scheduler.step()
@@ -348,13 +349,27 @@ def test_without_closure_it_anneals_and_says_once_how_to_probe():
 def test_a_call_missing_after_some_steps_is_told():
     model, loss_of = problem("mlp")
     optimizer = sgd(model)
-    scheduler = AutoLR(optimizer, model, probe_every_steps=2, calibration_steps=0)
-    with pytest.warns(UserWarning, match="not after every optimizer.step"):
+    scheduler = AutoLR(optimizer, model, probe_every_steps=2, calibration_steps=1)
+    with pytest.warns(UserWarning, match="for this step.*at every step"):
         for step in range(1, 8):
             train_step(model, optimizer, loss_of)
-            if step % 7 == 0:
+            if step in (1, 7):
                 scheduler.step(lambda: loss_of(model))
     assert scheduler.last_epoch == 7
+
+
+@pytest.mark.filterwarnings("ignore:a probe was due")
+@pytest.mark.parametrize(("calibration", "told_at"), [(0, 3), (1, 2), (3, 4)])
+def test_a_closure_that_never_comes_is_refused_when_calibration_ends(calibration, told_at):
+    model, loss_of = problem("mlp")
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, calibration_steps=calibration, probe_every_steps=2)
+    for _ in range(told_at - 1):
+        train_step(model, optimizer, loss_of)
+        scheduler.step()
+    train_step(model, optimizer, loss_of)
+    with pytest.raises(ClosureError, match="no learning rate was searched for.*SequentialLR and ChainedScheduler"):
+        scheduler.step()
 
 
 @pytest.mark.parametrize(
@@ -410,7 +425,7 @@ def test_plateaus_anneal_and_the_level_moves_the_less():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_no_plateau(bad):
     model, _ = problem("mlp")
-    level = Level(sgd(model, lr=0.1), "plateau", None, (1e-12, 1e4), guard_probes=2)
+    level = Level(Optimizers(sgd(model, lr=0.1)), "plateau", None, (1e-12, 1e4), guard_probes=2)
     one = torch.ones((), dtype=torch.float64)
     left = []
     for loss in (5.0, 4.0, 3.0, bad, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0):
@@ -425,7 +440,7 @@ def test_a_loss_computed_before_is_told():
     scheduler = AutoLR(optimizer, model, evaluator="inplace")
     train_step(model, optimizer, loss_of)
     loss = loss_of(model).detach()
-    with pytest.warns(UserWarning, match="compute it anew") as caught:
+    with pytest.warns(UserWarning, match="a loss that was computed before: call the model inside") as caught:
         scheduler.step(lambda: loss)
     assert caught[0].filename == __file__
 
@@ -615,12 +630,11 @@ def test_state_dict_is_small_and_plain():
         scheduler.step(lambda: loss_of(model))
     state = scheduler.state_dict()
     assert set(state) == {
-        "version", "saved_by", "last_epoch", "tracker", "snapshots", "calibration", "level", "evaluator",
+        "version", "saved_by", "last_epoch", "tracker", "snapshots", "losses", "calibration", "level", "evaluator",
+        "history", "groups",
     }  # fmt: skip
     assert state["snapshots"]["windows"] == []
-    file = io.BytesIO()
-    torch.save(state, file)
-    assert file.tell() < 3000
+    assert len(json.dumps(state)) < 10_000
 
 
 def test_load_state_dict_refuses_what_is_not_its_own():
@@ -834,7 +848,7 @@ def test_compiled_model_and_step():
         ({"lr_limits": ("low", 1)}, ValueError, "lr_limits=\\('low', 1"),
         ({"lr_limits": 0.1}, ValueError, "lr_limits=0.1"),
         ({"lr_limits": (1e-12, math.inf)}, ValueError, "both finite"),
-        ({"lr_limits": (1e-12, 0.01)}, ValueError, "lr=0.1 of param group 0 is outside"),
+        ({"lr_limits": (1e-12, 0.01)}, ValueError, r"lr=0.1 of optimizer.param_groups\[0\] is outside"),
         (
             {"evaluator": "quick"},
             ValueError,
@@ -842,7 +856,7 @@ def test_compiled_model_and_step():
         ),
         ({"model": mlp()}, ValueError, "not a parameter of the model"),
         ({"model": None}, TypeError, "model=None: expected the nn.Module"),
-        ({"optimizer": lambda: None}, TypeError, "the closure goes to step"),
+        ({"optimizer": lambda: None}, TypeError, r"the closure goes to loss\(\)"),
     ],
 )
 def test_bad_arguments(arguments, error, says):
@@ -944,7 +958,7 @@ def test_optimizers_that_are_refused():
 @pytest.mark.parametrize("closure", [0.25, torch.tensor(0.25), 3])
 def test_step_takes_no_metric_and_no_epoch(closure):
     model = mlp()
-    with pytest.raises(TypeError, match="scheduler.step\\(lambda"):
+    with pytest.raises(TypeError, match="scheduler.loss\\(lambda"):
         AutoLR(sgd(model), model).step(closure)
 
 

@@ -7,9 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autolr_fast._steps import ProbeSchedule, ProbeTracker, Snapshots, StepLine, windows_for
+from autolr_fast import ClosureError
+from autolr_fast._optimizers import Optimizers
+from autolr_fast._steps import ProbeSchedule, ProbeTracker, Snapshots, StepCounter, StepLine, windows_for
 
 from .helpers import mlp, problem, train_step
+
+
+def counted(optimizer, schedule):
+    """Snapshots that are kept as steps are counted."""
+    optimizers = Optimizers(optimizer)
+    snapshots = Snapshots(optimizers, schedule)
+    return snapshots, StepCounter(optimizers, before_step=snapshots.keep)
 
 
 @given(
@@ -21,16 +30,16 @@ def test_every_probe_finds_its_snapshot_and_none_is_kept_in_vain(every, first, w
     schedule = ProbeSchedule(every, first, tuple(windows))
     model, loss_of = mlp(), lambda model: model(torch.ones(1, 5)).square().sum()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    snapshots = Snapshots(optimizer, schedule)
+    snapshots, counter = counted(optimizer, schedule)
     history = []
     for step in range(1, 30):
         history.append([p.detach().clone() for p in model.parameters()])
         train_step(model, optimizer, loss_of)
-        assert snapshots.steps == step
+        assert counter.steps == step
         if window := schedule.window_at(step):
             assert step <= first or step % every == 0
             assert all(map(torch.equal, snapshots._kept[step - window].values(), history[step - window]))
-        snapshots.drop_used()
+        snapshots.drop_used(step)
         probes = [(m, schedule.window_at(m)) for m in range(step + 1, step + 10)]
         needed = {m - window for m, window in probes if window and m - window < step}
         assert set(snapshots._kept) == needed
@@ -47,11 +56,11 @@ def test_every_probe_finds_its_snapshot_and_none_is_kept_in_vain(every, first, w
 def test_default_keeps_nothing_between_probes(build, open_after):
     model, loss_of = problem("mlp")
     optimizer = build(model.parameters(), lr=0.01)
-    snapshots = Snapshots(optimizer, ProbeSchedule(10, 20, windows_for(optimizer)))
+    snapshots, counter = counted(optimizer, ProbeSchedule(10, 20, windows_for(Optimizers(optimizer))))
     held = []
     for _ in range(60):
         train_step(model, optimizer, loss_of)
-        snapshots.drop_used()
+        snapshots.drop_used(counter.steps)
         held.append(len(snapshots._kept))
     assert max(held) == 1
     assert [step for step, count in enumerate(held, 1) if count and step > 20] == open_after
@@ -62,7 +71,7 @@ def test_steps_that_a_scaler_skips_are_not_counted(fused):
     model, loss_of = problem("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    snapshots = Snapshots(optimizer, ProbeSchedule(1, 0, (1,)))
+    counter = StepCounter(Optimizers(optimizer))
     counts = []
     for step in range(4):
         optimizer.zero_grad()
@@ -71,7 +80,7 @@ def test_steps_that_a_scaler_skips_are_not_counted(fused):
             model[0].weight.grad[0, 0] = float("inf")
         scaler.step(optimizer)
         scaler.update()
-        counts.append(snapshots.steps)
+        counts.append(counter.steps)
     assert counts == [0, 1, 1, 2]
 
 
@@ -79,7 +88,7 @@ def test_frozen_parameters_take_no_memory():
     model, loss_of = problem("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     model[0].requires_grad_(False)
-    snapshots = Snapshots(optimizer, ProbeSchedule(1, 0, (1,)))
+    snapshots, _counter = counted(optimizer, ProbeSchedule(1, 0, (1,)))  # it counts while it lives
     train_step(model, optimizer, loss_of)
     assert set(snapshots._kept[0]) == set(model[2].parameters())
 
@@ -89,10 +98,10 @@ def test_hooks_go_with_their_owner_without_the_garbage_collector():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     gc.disable()
     try:
-        snapshots = Snapshots(optimizer, ProbeSchedule(1, 0, (1,)))
+        counter = StepCounter(Optimizers(optimizer))
         assert len(optimizer._optimizer_step_pre_hooks) == 1
-        gone = weakref.ref(snapshots)
-        del snapshots
+        gone = weakref.ref(counter)
+        del counter
         assert gone() is None
         assert not optimizer._optimizer_step_pre_hooks
         assert not optimizer._optimizer_step_post_hooks
@@ -102,13 +111,13 @@ def test_hooks_go_with_their_owner_without_the_garbage_collector():
 
 def test_what_is_kept_from_between_goes_with_steps_that_are_taken_again():
     parameter = torch.nn.Parameter(torch.randn(200))
-    snapshots = Snapshots(torch.optim.SGD([parameter], lr=0.1), ProbeSchedule(1, 0, (2, 1)))
+    optimizers = Optimizers(torch.optim.SGD([parameter], lr=0.1))
+    snapshots = Snapshots(optimizers, ProbeSchedule(1, 0, (2, 1)))
     start, between, end = torch.randn(2, 200).tolist(), None, parameter.detach().clone()
     start, between = map(torch.tensor, start)
     expected, ends = start + 0.25 * (between - start), start + 0.25 * (end - start)
-    snapshots.steps = 3
     snapshots._kept = {1: {parameter: start}, 2: {parameter: between}}
-    snapshots.retake(StepLine(snapshots._kept[1], {}, window=2), 0.25)
+    snapshots.retake(StepLine(snapshots._kept[1], {}, window=2), 0.25, steps=3)
     torch.testing.assert_close(snapshots._kept[2][parameter], expected)
     torch.testing.assert_close(parameter.detach(), ends)
 
@@ -119,10 +128,19 @@ def test_a_tracker_tells_of_probes_that_were_given_no_closure():
     tracker.offered = tracker.probed = 5
     assert tracker.window_due(5) is None
     assert not tracker.missed(range(10))
-    assert "without a closure" in tracker.missed(range(11))
+    assert "no loss came through AutoLR for this step" in tracker.missed(range(11))
     resumed = ProbeTracker(tracker.schedule)
     resumed.load(tracker.state())
     assert (resumed.probed, resumed.offered) == (5, 5)
+
+
+def test_a_tracker_refuses_a_calibration_to_which_no_closure_came():
+    tracker = ProbeTracker(ProbeSchedule(every_steps=5, first_steps=2, windows=(1,)))
+    assert "no loss came through AutoLR for this step" in tracker.missed(range(2))
+    with pytest.raises(ClosureError, match=r"none of the probes due in 2 steps could be made.*SequentialLR"):
+        tracker.missed(range(3))
+    tracker.offered = 1
+    assert "for this step" in tracker.missed(range(3))
 
 
 @pytest.mark.parametrize(
