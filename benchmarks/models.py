@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CharacterTransformer", "mlp", "wide_mlp"]
+__all__ = ["Block", "CharacterTransformer", "mlp", "wide_mlp"]
 
 
 def mlp() -> nn.Sequential:
@@ -31,37 +31,64 @@ class CharacterTransformer(nn.Module):
         layers: number of blocks.
         heads: of the attention.
         context: longest sequence.
+        dropout: share of the embeddings, of the attention and of what each part adds that is dropped.
     """
 
-    def __init__(self, characters: int, width: int = 384, layers: int = 6, heads: int = 6, context: int = 128):
+    def __init__(
+        self,
+        characters: int,
+        width: int = 384,
+        layers: int = 6,
+        heads: int = 6,
+        context: int = 128,
+        *,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.characters = nn.Embedding(characters, width)
         self.positions = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.dropout = _dropout(dropout)
+        self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, characters, bias=False)
 
     def forward(self, text: Tensor) -> Tensor:
         """Return logits [B, T, characters] of text [B, T]."""
         positions = torch.arange(text.shape[1], device=text.device)
-        return self.head(self.norm(self.blocks(self.characters(text) + self.positions(positions))))
+        embedded = self.dropout(self.characters(text) + self.positions(positions))
+        return self.head(self.norm(self.blocks(embedded)))
 
 
 class Block(nn.Module):
-    """Causal attention and a perceptron, [B, T, width] -> [B, T, width]."""
+    """Attention and a perceptron, [B, T, width] -> [B, T, width].
 
-    def __init__(self, width: int, heads: int):
+    Args:
+        width: of the residual stream.
+        heads: of the attention.
+        dropout: share of the attention and of what each part adds that is dropped.
+        causal: whether a place attends only to those up to it.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, causal: bool = True):
         super().__init__()
         self.heads = heads
+        self.causal = causal
+        self.attention_dropout = dropout
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.dropout = _dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x with what the block adds to it."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        dropped = self.attention_dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, is_causal=self.causal)
+        x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+def _dropout(share: float) -> nn.Module:
+    return nn.Dropout(share) if share else nn.Identity()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from autolr_fast.demo import BASELINES
 
 from .variants import VARIANTS, method_with
 
-__all__ = ["METHODS", "OPTIMIZERS", "Training"]
+__all__ = ["AFTER_STEP", "METHODS", "MUON_AND_ADAMW", "OPTIMIZERS", "Training"]
 
 Closure = Callable[[], Tensor]
 
@@ -27,35 +27,41 @@ OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
     "AdamW": torch.optim.AdamW,
 }
 """SGD, SGD with momentum 0.9, AdamW: all else as torch has it."""
+MUON_AND_ADAMW = "Muon and AdamW"
+"""Two optimizers of one learning rate, Muon of the blocks' matrices and AdamW of the rest: for transformers."""
+AFTER_STEP = method_with("closure after the step")
+"""AutoLR that is given the closure after the step, so that its probes draw noise of their own."""
 
 
 class Training:
-    """A network's training by an optimizer and a schedule, step by step.
+    """A network's training by its optimizers and their schedules, step by step.
 
     Args:
-        optimizer: it takes the steps.
-        scheduler: moves its learning rate after each, if there is one.
+        optimizers: they take the steps, at one learning rate.
+        schedulers: they move it after each.
 
     Attributes:
-        scheduling: seconds spent in the scheduler.
+        scheduling: seconds spent in the schedulers.
     """
 
-    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None = None):
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+    def __init__(self, optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler] = ()):
+        self.optimizers = optimizers
+        self.schedulers = schedulers
         self.scheduling = 0.0
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        return float(self.optimizers[0].param_groups[0]["lr"])
 
     def step(self, closure: Closure) -> Tensor:
         """Take a step on the batch whose loss the closure returns; return the loss before it."""
-        self.optimizer.zero_grad()
-        loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss = self._loss(closure)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         start = time.perf_counter()
         self._schedule(closure, loss.detach())
         self.scheduling += time.perf_counter() - start
@@ -65,18 +71,40 @@ class Training:
         """Return the network that is to be tested at the end."""
         return model
 
+    def _loss(self, closure: Closure) -> Tensor:
+        return closure()
+
     def _schedule(self, closure: Closure, loss: Tensor) -> None:
-        if isinstance(self.scheduler, AutoLR):
-            self.scheduler.step(closure)
-        elif self.scheduler is not None:
-            self.scheduler.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
+
+
+class Automatic(Training):
+    """AutoLR as it is meant to be used: its probes repeat the step's loss, noise and all."""
+
+    def __init__(self, optimizers: Sequence[Optimizer], scheduler: AutoLR):
+        super().__init__(optimizers, [scheduler])
+        self._auto = scheduler
+
+    def _loss(self, closure: Closure) -> Tensor:
+        return self._auto.loss(closure)
+
+
+class AfterStep(Automatic):
+    """AutoLR that sees the closure only after the step."""
+
+    def _loss(self, closure: Closure) -> Tensor:
+        return closure()
+
+    def _schedule(self, closure: Closure, loss: Tensor) -> None:
+        self._auto.step(closure)
 
 
 class Plateau(Training):
     """ReduceLROnPlateau on the mean training loss of each twentieth of the training."""
 
     def __init__(self, optimizer: Optimizer, total: int):
-        super().__init__(optimizer)
+        super().__init__([optimizer])
         self._plateau = ReduceLROnPlateau(optimizer, patience=1)
         self._every = max(1, total // 20)
         self._losses: list[float] = []
@@ -92,12 +120,13 @@ class ScheduleFree(Training):
     """An optimizer that is tested at an average of its parameters: it has ``train()`` and ``eval()``."""
 
     def __init__(self, optimizer: Any):
-        super().__init__(optimizer)
+        super().__init__([optimizer])
+        self._averaging = optimizer
         optimizer.train()
 
     def tested(self, model: nn.Module) -> nn.Module:
         """Return the network with the averaged parameters."""
-        self.optimizer.eval()  # type: ignore[attr-defined]
+        self._averaging.eval()
         return model
 
 
@@ -105,7 +134,7 @@ class Averaged(Training):
     """DoG, which is tested at its polynomial average."""
 
     def __init__(self, optimizer: Optimizer, averager: Any):
-        super().__init__(optimizer)
+        super().__init__([optimizer])
         self._averager = averager
 
     def _schedule(self, closure: Closure, loss: Tensor) -> None:
@@ -119,14 +148,18 @@ class Averaged(Training):
 class LineSearch(Training):
     """SaLSA, whose step evaluates the closure and calls backward itself."""
 
+    def __init__(self, optimizer: Any):
+        super().__init__([optimizer])
+        self._search = optimizer
+
     @property
     def lr(self) -> float:
         """The step size."""
-        return float(self.optimizer.step_size)  # type: ignore[attr-defined]
+        return float(self._search.step_size)
 
     def step(self, closure: Closure) -> Tensor:
         """Take a step; the loss is that before it."""
-        self.optimizer.zero_grad()
+        self._search.zero_grad()
 
         def evaluate(backwards: bool = False) -> Tensor:
             loss = closure()
@@ -135,7 +168,7 @@ class LineSearch(Training):
             return loss
 
         try:
-            return self.optimizer.step(evaluate).detach()  # type: ignore[arg-type, union-attr]
+            return self._search.step(evaluate).detach()
         except ValueError:  # it found parameters that are not numbers
             return torch.tensor(math.nan)
 
@@ -144,10 +177,22 @@ Build = Callable[[nn.Module, str, float, int], Training]
 """From model, name of the optimizer, lr0 and the number of steps to a training."""
 
 
+def _optimizers(model: nn.Module, name: str, lr: float) -> list[Optimizer]:
+    if name != MUON_AND_ADAMW:
+        return [OPTIMIZERS[name](model.parameters(), lr=lr)]
+    matrices = [parameter for parameter in model.get_submodule("blocks").parameters() if parameter.ndim == 2]
+    taken = set(matrices)
+    rest = [parameter for parameter in model.parameters() if parameter not in taken]
+    return [
+        torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr),
+    ]
+
+
 def _scheduled(make: Callable[[Optimizer, float, int], LRScheduler]) -> Build:
     def build(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
-        optim = OPTIMIZERS[optimizer](model.parameters(), lr=lr)
-        return Training(optim, make(optim, lr, total))
+        optimizers = _optimizers(model, optimizer, lr)
+        return Training(optimizers, [make(optim, lr, total) for optim in optimizers])
 
     return build
 
@@ -157,11 +202,12 @@ def _one_cycle(optim: Optimizer, lr: float, total: int) -> OneCycleLR:
     return OneCycleLR(optim, max_lr=lr, total_steps=total + 1, cycle_momentum=not plain)
 
 
-def _auto(kind: Callable[..., AutoLR] = AutoLR, **options: Any) -> Build:
+def _auto(loop: type[Automatic], kind: Callable[..., AutoLR] = AutoLR, **options: Any) -> Build:
     def build(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
-        optim = OPTIMIZERS[optimizer](model.parameters(), lr=lr)
+        optimizers = _optimizers(model, optimizer, lr)
+        scheduled = optimizers if len(optimizers) > 1 else optimizers[0]
         annealing = {} if kind == AutoLR.paper else {"total_steps": total}
-        return Training(optim, kind(optim, model, **{"evaluator": "inplace", **annealing, **options}))
+        return loop(optimizers, kind(scheduled, model, **{"evaluator": "inplace", **annealing, **options}))
 
     return build
 
@@ -177,14 +223,14 @@ def _d_adaptation(model: nn.Module, optimizer: str, lr: float, total: int) -> Tr
         optim = DAdaptAdam(model.parameters(), lr=lr, weight_decay=0.01, decouple=True)
     else:
         optim = DAdaptSGD(model.parameters(), lr=lr, momentum=0.9 if optimizer == "momentum" else 0.0)
-    return Training(optim, BASELINES["cosine"](optim, total))
+    return Training([optim], [BASELINES["cosine"](optim, total)])
 
 
 def _prodigy(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
     from prodigyopt import Prodigy  # noqa: PLC0415
 
     optim = Prodigy(model.parameters(), lr=lr, weight_decay=0.01)
-    return Training(optim, BASELINES["cosine"](optim, total))
+    return Training([optim], [BASELINES["cosine"](optim, total)])
 
 
 def _schedule_free(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
@@ -210,8 +256,9 @@ def _salsa(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
 
 
 METHODS: Mapping[str, Build] = {
-    "AutoLR": _auto(),
-    **{method_with(name): _auto(kind, **options) for name, (kind, options) in VARIANTS.items()},
+    "AutoLR": _auto(Automatic),
+    AFTER_STEP: _auto(AfterStep),
+    **{method_with(name): _auto(AfterStep, kind, **options) for name, (kind, options) in VARIANTS.items()},
     **{name: _scheduled(lambda optim, _, total, make=make: make(optim, total)) for name, make in BASELINES.items()},
     "one cycle": _scheduled(_one_cycle),
     "plateau": _plateau,

@@ -6,140 +6,42 @@ import argparse
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from autolr_fast.demo import BASELINES
 
-from .grid import BATCH_SIZES, FEW_STARTS, LENGTHS, STARTS, TUNED, UNGUARDED
-from .methods import METHODS, OPTIMIZERS
+from .grid import (
+    BATCH_SIZES,
+    DETERMINISTIC,
+    DROPOUT,
+    FEW_STARTS,
+    LENGTHS,
+    PAIRED,
+    REFERENCE,
+    STARTED,
+    STARTS,
+    TUNED,
+    UNGUARDED,
+)
+from .methods import AFTER_STEP, METHODS, MUON_AND_ADAMW, OPTIMIZERS
+from .outcomes import Found, Outcome, Row, medians, noted, outcomes, with_error
 from .slices import RESULTS, read
 from .tasks import TASKS
 from .variants import VARIANTS, method_with
 
-Row = Mapping[str, Any]
 _COMMAND = (
     "python -m benchmarks.study starts --seeds 5 --images DIR --text FILE; "
     "python -m benchmarks.study --images DIR --text FILE; python -m benchmarks.study.report"
 )
 _DRAWN = ("AutoLR", "cosine", "one cycle", "D-Adaptation", "Prodigy", "Schedule-Free", "DoG", "SaLSA")
+_NOT_REPLAYED = (
+    f"AutoLR, changed or not, is here `{REFERENCE}`: it has the closure after the step, and replays none."
+)
 _CLOSE = 1.0  # point of accuracy, or % of the loss
-_LOST = {"accuracy": 0.0, "loss": math.inf}
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111", "#999999")
-
-
-class Outcome:
-    """What a method reaches on a task with an optimizer.
-
-    Attributes:
-        results: lr0 -> seed -> result.
-        training: lr0 -> median training loss of the last tenth.
-        extra: median share by which the scheduler lengthens the training.
-        seeds: how many there are of the start with the fewest, of schedules among those that they are tuned over.
-    """
-
-    def __init__(self, rows: Sequence[Row]):
-        self.task: str = rows[0]["task"]
-        lost = _LOST[TASKS[self.task].measure]
-        self.results: dict[float, dict[int, float]] = {}
-        self.training: dict[float, float] = {}
-        for lr, of_lr in _by_start(rows):
-            self.results[lr] = {row["seed"]: lost if row["result"] is None else row["result"] for row in of_lr}
-            losses = [math.inf if row["loss"] is None else row["loss"] for row in of_lr]
-            self.training[lr] = statistics.median(losses)
-        tuned = rows[0]["method"] in BASELINES
-        self.seeds = min(len(by_seed) for lr, by_seed in self.results.items() if lr in TUNED or not tuned)
-        self.extra = statistics.median(row["scheduling"] / (row["seconds"] - row["scheduling"]) for row in rows)
-
-    def best(self, without: int | None = None) -> tuple[float, float]:
-        """Return the start with the best median among those that a schedule is tuned over, and that.
-
-        Args:
-            without: a seed that has no say.
-        """
-        choose = max if TASKS[self.task].measure == "accuracy" else min
-        tuned = {
-            lr: statistics.median(result for seed, result in by_seed.items() if seed != without)
-            for lr, by_seed in self.results.items()
-            if lr in TUNED
-        }
-        lr = choose(tuned, key=tuned.__getitem__)
-        return lr, tuned[lr]
-
-    def gains(self, tuned: Outcome, held_out: bool = False) -> Gains:
-        """Return by how much each run is better than the run of the same seed from the best start of another.
-
-        Args:
-            tuned: the other.
-            held_out: whether the seed that is compared has no say in which start is the best.
-        """
-        if held_out:
-            common = set.intersection(*(set(by_seed) for lr, by_seed in tuned.results.items() if lr in TUNED))
-            references = {seed: tuned.results[tuned.best(seed)[0]][seed] for seed in common}
-        else:
-            references = tuned.results[tuned.best()[0]]
-        return {
-            lr: {seed: gain(self.task, by_seed[seed], references[seed]) for seed in by_seed if seed in references}
-            for lr, by_seed in self.results.items()
-        }
-
-    def changes(self, other: Outcome) -> Gains:
-        """Return by how much each run is better than another's of the same seed from the same start."""
-        return {
-            lr: {seed: gain(self.task, by_seed[seed], theirs[seed]) for seed in by_seed if seed in theirs}
-            for lr, by_seed in self.results.items()
-            if (theirs := other.results.get(lr))
-        }
-
-
-def _by_start(rows: Sequence[Row]) -> list[tuple[float, list[Row]]]:
-    ordered = sorted(rows, key=itemgetter("lr"))
-    return [(lr, list(of_lr)) for lr, of_lr in itertools.groupby(ordered, itemgetter("lr"))]
-
-
-Gains = Mapping[float, Mapping[int, float]]
-"""lr0 -> seed -> gain."""
-Found = Mapping[tuple[str, str, str], Outcome]
-"""(task, optimizer, method) -> outcome."""
-
-
-def outcomes(rows: Iterable[Row], batch_size: int = 0, length: int = 1) -> dict[tuple[str, str, str], Outcome]:
-    """Return the outcome of each (task, optimizer, method) with a batch size (0 for the task's) and a length."""
-    grouped: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if row["length"] == length and row["batch_size"] == batch_size:
-            grouped.setdefault((row["task"], row["optimizer"], row["method"]), []).append(row)
-    return {key: Outcome(of_key) for key, of_key in grouped.items()}
-
-
-def gain(task: str, result: float, reference: float) -> float:
-    """Return by how much a result is better than another: points of accuracy, or % of the loss."""
-    if TASKS[task].measure == "accuracy":
-        return result - reference
-    return -math.inf if math.isinf(result) else 100 * (1 - result / reference)
-
-
-def medians(by_start: Mapping[float, Mapping[int, float]]) -> dict[float, float]:
-    """Return the median over the seeds, of results or gains, by lr0."""
-    return {lr: statistics.median(by_seed.values()) for lr, by_seed in by_start.items()}
-
-
-def of_seeds(gains: Gains) -> list[float]:
-    """Return the median over the starts, of each seed that all of them have."""
-    seeds = set.intersection(*(set(by_seed) for by_seed in gains.values())) if gains else set()
-    return [statistics.median(by_seed[seed] for by_seed in gains.values()) for seed in seeds]
-
-
-def error(gains: Gains) -> float | None:
-    """Return the standard error, over the seeds, of the median over the starts; none of less than three seeds."""
-    middles = of_seeds(gains)
-    if len(middles) < 3 or not all(map(math.isfinite, middles)):
-        return None
-    return statistics.stdev(middles) / math.sqrt(len(middles))
 
 
 def table(found: Found, optimizer: str, methods: Sequence[str]) -> list[str]:
@@ -149,7 +51,7 @@ def table(found: Found, optimizer: str, methods: Sequence[str]) -> list[str]:
     the best of the starts, and how many decades of starts are close to that cosine or better. The last is how many
     seeds there are, of the task with the fewest to that with the most.
     """
-    tuned = {task: found[task, optimizer, "cosine"] for task in TASKS if (task, optimizer, "cosine") in found}
+    tuned = {task: cosine for task in STARTED if (cosine := found.get((task, optimizer, "cosine")))}
     heads = [_head(cosine) for cosine in tuned.values()]
     lines = [f"| {optimizer} | {' | '.join(heads)} | extra time | seeds |", "|---" * (len(tuned) + 3) + "|"]
     for method in methods:
@@ -165,11 +67,10 @@ def table(found: Found, optimizer: str, methods: Sequence[str]) -> list[str]:
             if method in BASELINES:
                 gains = {lr: by_seed for lr, by_seed in gains.items() if lr in TUNED}
             of_starts = medians(gains)
-            noise = error(gains)
             close = [lr for lr, of_lr in of_starts.items() if of_lr >= -_CLOSE]
             decades = math.log10(max(close) / min(close)) if close else 0.0
             cells.append(
-                f"{statistics.median(of_starts.values()):+.1f}{'' if noise is None else f' ± {noise:.1f}'} "
+                f"{with_error(gains)} "
                 f"({min(of_starts.values()):+.1f} .. {max(of_starts.values()):+.1f}), {decades:.1f}"
             )
         extra = statistics.median(outcome.extra for outcome in of_method.values())
@@ -190,7 +91,7 @@ def variants_table(found: Found, optimizer: str) -> list[str]:
     A cell is the gain over AutoLR unchanged. The last one is the time that it adds, in units of what AutoLR
     unchanged adds to the same tasks.
     """
-    default = {task: found[task, optimizer, "AutoLR"] for task in TASKS if (task, optimizer, "AutoLR") in found}
+    default = {task: outcome for task in DETERMINISTIC if (outcome := found.get((task, optimizer, REFERENCE)))}
     lines = [f"| {optimizer} | {' | '.join(default)} | time |", "|---" * (len(default) + 2) + "|"]
     for name in VARIANTS:
         changed = {
@@ -203,32 +104,16 @@ def variants_table(found: Found, optimizer: str) -> list[str]:
     return lines
 
 
-def noted(gains: Gains) -> str:
-    """Return the mean over the seeds of the median over the starts, and its standard error or how many seeds.
-
-    It is bold if it is more than two errors from nothing, and empty if no seed has all starts.
-    """
-    of_each = of_seeds(gains)
-    if not of_each:
-        return ""
-    mean, noise = statistics.mean(of_each), error(gains)
-    if noise is not None:
-        mark = "**" if abs(mean) > 2 * noise else ""
-        return f"{mark}{mean:+.1f} ± {noise:.1f}{mark}"
-    if math.isinf(mean):
-        return f"**{mean:+.1f}**"
-    return f"{mean:+.1f} ({len(of_each)} seed{'s' * (len(of_each) > 1)})"
-
-
-def by_optimizer(cell: Callable[[str, str], str]) -> list[str]:
+def by_optimizer(cell: Callable[[str, str], str], tasks: Sequence[str] = STARTED) -> list[str]:
     """Return a table with a line an optimizer and a column a task.
 
     Args:
         cell: from task and optimizer to what stands there.
+        tasks: that have a column.
     """
-    lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
+    lines = [f"| | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
     lines += [
-        f"| {optimizer} | {' | '.join(cell(task, optimizer) for task in TASKS)} |" for optimizer in OPTIMIZERS
+        f"| {optimizer} | {' | '.join(cell(task, optimizer) for task in tasks)} |" for optimizer in OPTIMIZERS
     ]
     return lines
 
@@ -269,10 +154,10 @@ def settings_table(rows: Sequence[Row]) -> list[str]:
     asked |= {f"{length} x as long": {"length": length} for length in LENGTHS}
     columns = {name: found for name, setting in asked.items() if (found := outcomes(rows, **setting))}
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for task, optimizer in itertools.product(TASKS, OPTIMIZERS):
+    for task, optimizer in itertools.product(DETERMINISTIC, OPTIMIZERS):
         cells = []
         for found in columns.values():
-            auto, cosine = (found.get((task, optimizer, method)) for method in ("AutoLR", "cosine"))
+            auto, cosine = (found.get((task, optimizer, method)) for method in (REFERENCE, "cosine"))
             if auto is None or cosine is None:
                 cells.append("")
                 continue
@@ -288,11 +173,42 @@ def unguarded_table(found: Found) -> list[str]:
 
     def cell(task: str, optimizer: str) -> str:
         without, default = (
-            found.get((task, optimizer, method)) for method in (method_with("not guarded"), "AutoLR")
+            found.get((task, optimizer, method)) for method in (method_with("not guarded"), REFERENCE)
         )
         return noted(without.changes(default)) if without and default else ""
 
-    return by_optimizer(cell)
+    return by_optimizer(cell, DETERMINISTIC)
+
+
+def paired_table(found: Found) -> list[str]:
+    """Return the table of two optimizers for one model; nothing if they were not run.
+
+    It has AutoLR's gain from each start, the median over the seeds and its standard error; behind them stand the
+    median and the worst of the starts.
+    """
+    auto, cosine = (found.get((PAIRED, MUON_AND_ADAMW, method)) for method in ("AutoLR", "cosine"))
+    if auto is None or cosine is None:
+        return []
+    gains = auto.gains(cosine)
+    of_starts = medians(gains)
+    cells = [*(with_error({lr: by_seed}) for lr, by_seed in gains.items()), with_error(gains)]
+    return [
+        f"| {_head(cosine)} | {' | '.join(f'from {lr:g}' for lr in gains)} | median | worst |",
+        "|---" * (len(gains) + 3) + "|",
+        f"| AutoLR | {' | '.join(cells)} | {min(of_starts.values()):+.1f} |",
+    ]
+
+
+def replay_table(found: Found) -> list[str]:
+    """Return the table of what it is worth that a probe has the step's dropout masks: a line an optimizer."""
+    lines = ["| | gain | replayed | not |", "|---" * 4 + "|"]
+    for optimizer in OPTIMIZERS:
+        replayed, drawn = (found.get((DROPOUT, optimizer, method)) for method in ("AutoLR", AFTER_STEP))
+        if replayed and drawn:
+            results = [statistics.median(medians(each.results).values()) for each in (replayed, drawn)]
+            reached = " | ".join(f"{result:.4g}" for result in results)
+            lines.append(f"| {optimizer} | {noted(replayed.changes(drawn))} | {reached} |")
+    return lines if len(lines) > 2 else []
 
 
 def extra_table(found: Found) -> list[str]:
@@ -310,12 +226,10 @@ def figure(found: Found, methods: Sequence[str]) -> Figure:
 
     A line is the median over the seeds, within their range.
     """
-    drawn = Figure(figsize=(3 * len(TASKS), 2.6 * len(OPTIMIZERS)), layout="constrained")
-    grid = drawn.subplots(len(OPTIMIZERS), len(TASKS), squeeze=False, sharex=True, sharey="col")
-    for (row, optimizer), (column, (name, task)) in itertools.product(
-        enumerate(OPTIMIZERS), enumerate(TASKS.items())
-    ):
-        axes = grid[row][column]
+    drawn = Figure(figsize=(3 * len(STARTED), 2.6 * len(OPTIMIZERS)), layout="constrained")
+    grid = drawn.subplots(len(OPTIMIZERS), len(STARTED), squeeze=False, sharex=True, sharey="col")
+    for (row, optimizer), (column, name) in itertools.product(enumerate(OPTIMIZERS), enumerate(STARTED)):
+        task, axes = TASKS[name], grid[row][column]
         for method, colour in zip(methods, _COLOURS, strict=False):
             if outcome := found.get((name, optimizer, method)):
                 middles = medians(outcome.results)
@@ -330,14 +244,14 @@ def figure(found: Found, methods: Sequence[str]) -> Figure:
             axes.set_xlabel("lr0")
         if column == 0:
             axes.set_ylabel(optimizer)
-    for column, (name, task) in enumerate(TASKS.items()):
+    for column, name in enumerate(STARTED):
         results = [
             medians(o.results).values() for (of, _, method), o in found.items() if of == name and method in methods
         ]
         finite = sorted(result for each in results for result in each if math.isfinite(result))
         if not finite:
             continue
-        if task.measure == "accuracy":  # what matters is near the best
+        if TASKS[name].measure == "accuracy":  # what matters is near the best
             grid[0][column].set_ylim(finite[len(finite) // 4] - 3, finite[-1] + 1)
         else:
             grid[0][column].set_ylim(0.97 * finite[0], 1.5 * finite[len(finite) // 2])
@@ -361,7 +275,8 @@ def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
         "seeds; then from the lowest to the highest start that gives at most one point or one % less, in decades. "
         "In the head of a column stands that best cosine and its rate; its own line is what the grid as a whole "
         f"gives. AutoLR starts from {starts}. Extra time is that of the scheduler's step; its hooks in the "
-        "optimizer's step, a few microseconds and the copies of open windows, are not in it.",
+        "optimizer's step, a few microseconds and the copies of open windows, are not in it, nor is what it notes "
+        "before the loss.",
         "",
     ]
     for optimizer in OPTIMIZERS:
@@ -382,7 +297,7 @@ def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
         f"({', '.join(f'{lr:g}' for lr in FEW_STARTS)}), in points of accuracy or % of the loss, the mean over the "
         "seeds and its standard error. Bold is a difference of more than two errors. Time is what it adds, in "
         "units of what the default adds to the same tasks. What each change is says "
-        "`benchmarks/study/variants.py`.",
+        f"`benchmarks/study/variants.py`. {_NOT_REPLAYED}",
         "",
     ]
     for optimizer in OPTIMIZERS:
@@ -401,8 +316,35 @@ def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
     ]
     lines += ["## The time that AutoLR adds", "", *extra_table(found), ""]
     lines += ["## Other batches, longer trainings", ""]
-    lines += ["The median gain over the best cosine schedule of the same setting, and the extra time.", ""]
+    lines += [
+        f"The median gain over the best cosine schedule of the same setting, and the extra time. {_NOT_REPLAYED}",
+        "",
+    ]
     lines += [*settings_table(rows), ""]
+    if paired := paired_table(found):
+        lines += [
+            "## Two optimizers for one model",
+            "",
+            f"The task {PAIRED}, by Muon for the matrices of the blocks and AdamW for the rest, with one learning "
+            "rate: AutoLR's gain over the best cosine schedule by where it starts, in % of the loss, each run "
+            "against that of the same seed: the median over the seeds and its standard error, then the median and "
+            "the worst of the starts.",
+            "",
+            *paired,
+            "",
+        ]
+    if replay := replay_table(found):
+        lines += [
+            "## Dropout's masks replayed, or not",
+            "",
+            "What AutoLR gains on a transformer with dropout, in % of the loss, where its probes have the masks of "
+            "the step that they judge, over probes with masks of their own: each run against that of the same seed "
+            f"and start ({', '.join(f'{lr:g}' for lr in FEW_STARTS)}), the mean over the seeds and its standard "
+            "error; then the median loss with and without.",
+            "",
+            *replay,
+            "",
+        ]
     lines += ["## The tasks", "", "| task | | steps | batch size |", "|---|---|---|---|"]
     lines += [f"| {name} | {task.title} | {task.steps} | {task.batch_size} |" for name, task in TASKS.items()]
     lines += ["", f"`{_COMMAND}`", "", f"{'; '.join(_machines(rows))}. Seeds from 0 on."]

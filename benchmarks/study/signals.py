@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .grid import TUNED
+from .grid import DETERMINISTIC, TUNED
 from .methods import OPTIMIZERS
 from .slices import add_arguments, run_missing
-from .tasks import TASKS, Places, Task, batch, evaluate
+from .tasks import Places, Task, batch, evaluate
 from .training import Cell, set_up
 
 __all__ = ["watch"]
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.signals", description="Watch the losses.")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    grid = itertools.product(range(args.seeds), TASKS, OPTIMIZERS, TUNED)
+    grid = itertools.product(range(args.seeds), DETERMINISTIC, OPTIMIZERS, TUNED)
     cells = (Cell(task, optimizer, "cosine", lr, seed) for seed, task, optimizer, lr in grid)
     run_missing(watch, cells, args.results / "signals.jsonl", args, parser)
 

@@ -30,8 +30,12 @@ Row = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every study is told: where data and results lie, what to leave out, how long to go on."""
     add = parser.add_argument
-    add("--images", type=Path, help="directory with train-*.parquet and test-*.parquet, for the task images")
-    add("--text", type=Path, help="a text to learn, for transformer and lstm")
+    add(
+        "--images",
+        type=Path,
+        help="directory with train-*.parquet and test-*.parquet, for images, diffusion and masked",
+    )
+    add("--text", type=Path, help="a text to learn, for transformer, lstm and dropout")
     add("--seeds", type=number(int, lowest=1), default=3, help="how many (%(default)s)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="only these, named as in the table")
@@ -76,7 +80,7 @@ def run_missing(
         if (place := TASKS[task].place) and getattr(args, place) is None:
             read_by.setdefault(place, []).append(task)
     if read_by:
-        needed = ", ".join(f"--{place} is needed for {' and '.join(tasks)}" for place, tasks in read_by.items())
+        needed = "; ".join(f"--{place} is needed for {', '.join(tasks)}" for place, tasks in read_by.items())
         parser.error(f"{needed}: give it, or leave the tasks out by --tasks")
     count = len(missing)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ from autolr_fast import demo
 from ..models import CharacterTransformer
 from ..paper.data import DataError, load_dataset
 from ..paper.models import ResNet18
+from .diffusion import NoisePredictor, denoising_loss
+from .masked import MaskedAutoencoder, filling_loss
 
 __all__ = ["TASKS", "Data", "Places", "Task", "batch", "evaluate", "load"]
 
@@ -35,6 +37,18 @@ class Data(NamedTuple):
     test: tuple[Tensor, Tensor]
 
 
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""From network, inputs and targets of a batch to its mean loss."""
+
+
+def supervised_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return the mean loss of a batch: squared error of numbers, cross-entropy of classes."""
+    output = model(x)
+    if y.is_floating_point():
+        return F.mse_loss(output, y)
+    return F.cross_entropy(output.flatten(0, -2), y.flatten())
+
+
 class Task(NamedTuple):
     """A task.
 
@@ -46,6 +60,7 @@ class Task(NamedTuple):
         batch_size: examples in a batch.
         steps: of the optimizer.
         place: which of :class:`Places` it reads, if any.
+        loss: of a batch; what is random in it comes from torch's global stream.
     """
 
     title: str
@@ -55,13 +70,7 @@ class Task(NamedTuple):
     batch_size: int
     steps: int
     place: str | None = None
-
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Return the mean loss of a batch: squared error of numbers, cross-entropy of classes."""
-        output = model(x)
-        if y.is_floating_point():
-            return F.mse_loss(output, y)
-        return F.cross_entropy(output.flatten(0, -2), y.flatten())
+    loss: Loss = supervised_loss
 
 
 class TextLSTM(nn.Module):
@@ -95,14 +104,19 @@ def load(name: str, places: Places) -> Data:
 
 @torch.no_grad()
 def evaluate(task: Task, model: nn.Module, data: Data) -> float:
-    """Return what the task measures, on the examples kept back."""
+    """Return what the task measures on the examples kept back, each time with the same draws.
+
+    The global random stream goes on as if nothing had been drawn.
+    """
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
-    for x, y in zip(*(part.split(500) for part in data.test), strict=True):
-        if task.measure == "accuracy":
-            total += 100 * (model(x).argmax(1) == y).sum()
-        else:
-            total += task.loss(model, x, y) * len(y)
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(0)
+        for x, y in zip(*(part.split(500) for part in data.test), strict=True):
+            if task.measure == "accuracy":
+                total += 100 * (model(x).argmax(1) == y).sum()
+            else:
+                total += task.loss(model, x, y) * len(y)
     model.train()
     return total.item() / len(data.test[1])
 
@@ -143,6 +157,12 @@ def _images(places: Places) -> Data:
     return Data((x, dataset.train_labels[:10_000]), (test, dataset.test_labels[:5_000]))
 
 
+def _fewer_images(places: Places) -> Data:
+    """Return the same images, of which 2,000 to test with."""
+    train, (test, labels) = _images(places)
+    return Data(train, (test[:2000], labels[:2000]))
+
+
 _CONTEXT = 64
 _PIECES = 100
 
@@ -180,6 +200,10 @@ def _text(places: Places) -> Data:
 _CHARACTERS = 65
 
 
+def _transformer(dropout: float = 0.0) -> CharacterTransformer:
+    return CharacterTransformer(_CHARACTERS, width=64, layers=2, heads=2, context=_CONTEXT, dropout=dropout)
+
+
 def _mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(10, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1))
 
@@ -197,14 +221,35 @@ TASKS: Mapping[str, Task] = {
         390,
         place="images",
     ),
-    "transformer": Task(
-        "text, transformer",
+    "transformer": Task("text, transformer", "loss", _text, _transformer, 32, 600, place="text"),
+    "lstm": Task("text, LSTM", "loss", _text, lambda: TextLSTM(_CHARACTERS), 32, 1000, place="text"),
+    "diffusion": Task(
+        "CIFAR-10 at 16 x 16, diffusion",
+        "loss",
+        _fewer_images,
+        NoisePredictor,
+        32,
+        500,
+        place="images",
+        loss=denoising_loss,
+    ),
+    "masked": Task(
+        "CIFAR-10 at 16 x 16, masked autoencoder",
+        "loss",
+        _fewer_images,
+        MaskedAutoencoder,
+        32,
+        500,
+        place="images",
+        loss=filling_loss,
+    ),
+    "dropout": Task(
+        "text, transformer with dropout 0.3",
         "loss",
         _text,
-        lambda: CharacterTransformer(_CHARACTERS, width=64, layers=2, heads=2, context=_CONTEXT),
+        lambda: _transformer(dropout=0.3),
         32,
         600,
         place="text",
     ),
-    "lstm": Task("text, LSTM", "loss", _text, lambda: TextLSTM(_CHARACTERS), 32, 1000, place="text"),
 }

@@ -29,7 +29,7 @@ class Cell(NamedTuple):
 
     Attributes:
         task: a name in :data:`~benchmarks.study.tasks.TASKS`.
-        optimizer: a name in :data:`~benchmarks.study.methods.OPTIMIZERS`.
+        optimizer: a name in :data:`~benchmarks.study.methods.OPTIMIZERS`, or ``MUON_AND_ADAMW`` there.
         method: a name in :data:`~benchmarks.study.methods.METHODS`.
         lr: where the learning rate starts.
         seed: of the weights and the order of the examples.

@@ -44,11 +44,11 @@ class Started(AutoLR):
         self._caution = caution
         self._power = power
 
-    def _search(self, line: Line, look: LookAt) -> tuple[Look, Tensor, int]:
-        found = super()._search(line, look)
+    def _search(self, line: Line, look: LookAt, now: int) -> tuple[Look, Tensor, float | None, int]:
+        found = super()._search(line, look, now)
         if not self._calibration.is_searching(1):
             momentum = self.optimizer.param_groups[0].get("momentum", 0.0)
-            ratio = self._caution * (1 - momentum) ** self._power / start_ratio(self.optimizer, began_warm=False)
+            ratio = self._caution * (1 - momentum) ** self._power / start_ratio(self._optimizers, began_warm=False)
             self._level.start_at(self._level.value * ratio)
         return found
 
@@ -65,9 +65,9 @@ class Leashed(AutoLR):
         self._leash = leash
         self._anchor = 0.0
 
-    def _probe(self, closure: Closure, window: int, now: int) -> None:
+    def _probe(self, closure: Closure, window: int, now: int, beside: Tensor | None) -> None:
         searching = self._calibration.is_searching(now)
-        super()._probe(closure, window, now)
+        super()._probe(closure, window, now, beside)
         level = math.log(self._level.value.item())
         if searching:
             self._anchor = level
@@ -89,21 +89,22 @@ class Combined(AutoLR):
         self._combine = combine
         self._tracker.schedule = self._snapshots._schedule = _Both(**vars(self._tracker.schedule))
 
-    def _probe(self, closure: Closure, window: int, now: int) -> None:
+    def _probe(self, closure: Closure, window: int, now: int, beside: Tensor | None) -> None:
         if self._calibration.is_searching(now):
-            super()._probe(closure, 1, now)
+            super()._probe(closure, 1, now, beside)
             return
-        names = candidate_parameters(self._prober.model, self.optimizer)
+        names = candidate_parameters(self._prober.model, self._optimizers)
         said = []
         for span in sorted({min(each, now) for each in self._tracker.schedule.windows}):
-            line = self._snapshots.line(span, names)
+            line = self._snapshots.line(span, now, names)
             if line is not None:
                 _, factor = self._rule.weigh(self._prober.look(line, closure, self._rule.factors).costs)
                 said.append(math.log(factor.item()))
         moved = self._combine(said) * self._level.multiplier(now)
         self._level.start_at(self._level.value * math.exp(moved))
+        self._losses.forget()
         self._tracker.probed = now
-        self._snapshots.drop_used()
+        self._snapshots.drop_used(now)
         self._level.apply(now)
 
 

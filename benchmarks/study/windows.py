@@ -118,9 +118,9 @@ def levels(normalized: bool, window: int | tuple[int, ...], steps: int = 1500, g
     for _ in range(steps):
         closure = partial(model, best + 0.05 * torch.randn(50))
         optimizer.zero_grad()
-        closure().backward()
+        scheduler.loss(closure).backward()
         optimizer.step()
-        scheduler.step(closure)
+        scheduler.step()
         lrs.append(optimizer.param_groups[0]["lr"])
     return lrs
 
@@ -145,9 +145,9 @@ def edges(name: str, window: int | tuple[int, ...], steps: int, guard: int, ever
         x, y = batch(data, step, task.batch_size, seed=0)
         closure = partial(task.loss, model, x, y)
         optimizer.zero_grad()
-        closure().backward()
+        scheduler.loss(closure).backward()
         optimizer.step()
-        scheduler.step(closure)
+        scheduler.step()
         if step % every == every - 1:
             x, y = batch(data, 0, 256, seed=1)
             found.append(optimizer.param_groups[0]["lr"] * sharpness(model, task.loss(model, x, y)) / 2)

@@ -7,16 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from autolr_fast._evaluators import Prober
-from benchmarks.paper.data import DataError
+from benchmarks.models import CharacterTransformer
+from benchmarks.paper.data import DataError, Dataset
 from benchmarks.study import __main__ as study
-from benchmarks.study import slices
-from benchmarks.study.grid import STARTS, STUDIES, TUNED
-from benchmarks.study.methods import METHODS, OPTIMIZERS
+from benchmarks.study import slices, tasks
+from benchmarks.study.grid import DETERMINISTIC, DROPOUT, REFERENCE, STARTED, STARTS, STUDIES, TUNED
+from benchmarks.study.masked import MaskedAutoencoder
+from benchmarks.study.methods import AFTER_STEP, METHODS, MUON_AND_ADAMW, OPTIMIZERS
+from benchmarks.study.outcomes import error, gain, outcomes
 from benchmarks.study.report import (
-    error,
-    gain,
     held_out_table,
-    outcomes,
+    page,
+    paired_table,
+    replay_table,
     settings_table,
     table,
     training_table,
@@ -24,7 +27,7 @@ from benchmarks.study.report import (
     variants_table,
 )
 from benchmarks.study.signals import SCALES, watch
-from benchmarks.study.tasks import TASKS, Places, batch, evaluate, load
+from benchmarks.study.tasks import TASKS, Data, Places, batch, evaluate, load
 from benchmarks.study.training import Cell, train
 from benchmarks.study.windows import Quadratic, best_scale, best_scale_without_noise, levels, sharpness
 
@@ -93,6 +96,144 @@ def test_a_text_is_cut_into_pieces(tmp_path):
     assert TASKS["lstm"].loss(model, x[:4], y[:4]).item() == pytest.approx(math.log(65), rel=0.05)
 
 
+# Noise in the loss
+
+
+@pytest.fixture
+def images(monkeypatch):
+    """Make 64 images to train on and 2,100 to test with, without a file, and trainings of 12 steps."""
+    torch.manual_seed(0)
+    drawn = [torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8) for count in (64, 2100)]
+    drawn = [F.interpolate(part, scale_factor=4) for part in drawn]  # flat enough to fill in
+    labels = [torch.randint(10, (len(part),)) for part in drawn]
+    dataset = Dataset(drawn[0], labels[0], drawn[1], labels[1], "")
+    monkeypatch.setattr(tasks, "load_dataset", lambda *_, **__: dataset)
+    for name in ("diffusion", "masked"):
+        monkeypatch.setitem(TASKS, name, TASKS[name]._replace(steps=12))
+    load.cache_clear()
+    yield
+    load.cache_clear()
+
+
+NOISY = ["diffusion", "masked"]
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_the_loss_draws_anew_and_the_measure_does_not(name, images):
+    task, data = TASKS[name], load(name, NOWHERE)
+    assert len(data.test[0]) == 2000
+    torch.manual_seed(0)
+    model = task.model()
+    assert 100_000 < sum(parameter.numel() for parameter in model.parameters()) < 300_000
+    one, other = (task.loss(model, *batch(data, 0, 16, seed=0)).item() for _ in range(2))
+    assert one != other
+    assert one == pytest.approx(1.0, abs=0.5)
+    before = torch.get_rng_state()
+    measured = evaluate(task, model, data)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    assert evaluate(task, model, data) == measured
+
+
+@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("method", ["cosine", "AutoLR", AFTER_STEP])
+def test_a_noisy_loss_is_learnt(name, method, images):
+    row = train(Cell(name, "AdamW", method, 0.003, seed=0, batch_size=16), NOWHERE)
+    assert row["losses"][-1] < row["losses"][0]
+    assert row["result"] is not None
+
+
+def test_an_image_at_time_zero_is_itself_and_at_one_is_noise(monkeypatch):
+    seen = {}
+
+    def predict(noised, times):
+        seen["noised"] = noised
+        return torch.zeros_like(noised)
+
+    images = torch.randn(4, 3, 16, 16)
+    monkeypatch.setattr(torch, "rand", lambda count: torch.tensor([0.0, 1.0, 0.5, 1 / 3]))
+    torch.manual_seed(0)
+    loss = TASKS["diffusion"].loss(predict, images, torch.zeros(4))
+    torch.manual_seed(0)
+    noise = torch.randn_like(images)
+    assert loss.item() == pytest.approx(noise.square().mean().item())
+    shares = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5**0.5, 0.5**0.5], [0.75**0.5, 0.5]])
+    expected = shares[:, 0, None, None, None] * images + shares[:, 1, None, None, None] * noise
+    assert torch.allclose(seen["noised"], expected, atol=1e-6)
+
+
+def test_what_is_hidden_is_not_seen():
+    """Other values in the hidden patches change nothing of what these are taken for."""
+    model = MaskedAutoencoder()
+    images = torch.randn(3, 3, 16, 16)
+    torch.manual_seed(0)
+    filled, hidden = model(images)
+    assert filled.shape == hidden.shape == (3, 48, 12)
+    torch.manual_seed(0)
+    order = torch.rand(3, 64).argsort(dim=1)
+    changed = F.unfold(images, 2, stride=2)
+    for image, places in enumerate(order[:, 16:]):
+        assert torch.equal(changed[image].T[places], hidden[image])
+        changed[image, :, places] += 1
+    torch.manual_seed(0)
+    again, moved = model(F.fold(changed, (16, 16), 2, stride=2))
+    assert torch.equal(again, filled)
+    assert torch.allclose(moved, hidden + 1)
+    assert not torch.equal(model(images)[0], filled)
+
+
+def test_dropout_draws_in_training_only():
+    text = torch.randint(65, (2, 8))
+    models = []
+    for options in ({}, {"dropout": 0.3}):
+        torch.manual_seed(0)
+        models.append(CharacterTransformer(65, width=16, layers=2, heads=2, context=8, **options))
+    plain, dropping = models
+    assert torch.equal(plain(text), plain(text))
+    assert not torch.equal(dropping(text), dropping(text))
+    assert torch.equal(dropping.eval()(text), plain(text))
+    assert TASKS[DROPOUT].model().dropout.p == 0.3
+
+
+# Two optimizers
+
+
+def text_task(monkeypatch):
+    """Make the transformer read a text that is not in a file, for 12 steps."""
+    torch.manual_seed(0)
+    x = torch.randint(5, (40, 65)).cumsum(1) % 65
+    data = Data((x[:, :-1], x[:, 1:]), (x[:8, :-1], x[:8, 1:]))
+    monkeypatch.setitem(TASKS, "transformer", TASKS["transformer"]._replace(steps=12, data=lambda _: data))
+
+
+@pytest.mark.parametrize("method", ["cosine", "AutoLR"])
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(method, monkeypatch):
+    text_task(monkeypatch)
+    model = TASKS["transformer"].model()
+    muon, adamw = METHODS[method](model, MUON_AND_ADAMW, 0.01, 12).optimizers
+    taken = {id(parameter) for parameter in muon.param_groups[0]["params"]}
+    rest = {id(parameter) for parameter in adamw.param_groups[0]["params"]}
+    for name, parameter in model.named_parameters():
+        is_matrix = name.startswith("blocks") and parameter.ndim == 2
+        assert (id(parameter) in taken, id(parameter) in rest) == (is_matrix, not is_matrix)
+    load.cache_clear()
+    row = train(Cell("transformer", MUON_AND_ADAMW, method, 0.01, seed=0), NOWHERE)
+    load.cache_clear()
+    assert row["losses"][-1] < row["losses"][0]
+    assert row["lrs"][0] == 0.01
+
+
+def test_two_optimizers_are_annealed_alike():
+    training = METHODS["cosine"](TASKS["transformer"].model(), MUON_AND_ADAMW, 0.1, 4)
+    for _ in range(4):
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in training.optimizers]
+        assert rates == [training.lr] * 2
+        for optimizer, scheduler in zip(training.optimizers, training.schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+    assert training.lr == pytest.approx(0.0)
+
+
 # Trainings
 
 
@@ -111,11 +252,12 @@ def test_every_method_trains(method):
 @pytest.mark.parametrize(("optimizer", "ends"), [("SGD", (0.0, 0.0)), ("momentum", (0.85, 0.95))])
 def test_one_cycle_gives_plain_sgd_no_momentum(optimizer, ends):
     training = METHODS["one cycle"](TASKS["digits"].model(), optimizer, 0.1, 9)
-    group = training.optimizer.param_groups[0]
+    (optim,), (scheduler,) = training.optimizers, training.schedulers
+    group = optim.param_groups[0]
     seen = [group["momentum"]]
     for _ in range(9):
-        training.optimizer.step()
-        training.scheduler.step()
+        optim.step()
+        scheduler.step()
         seen.append(group["momentum"])
     assert (min(seen), max(seen)) == pytest.approx(ends)
 
@@ -228,13 +370,25 @@ def test_sharpness_is_the_largest_curvature():
 
 
 def test_studies_ask_for_methods_and_tasks_that_exist():
-    for each in STUDIES.values():
+    of_tasks = {"starts": STARTED, "optimizers": ("transformer",), "replay": (DROPOUT,)}
+    for name, each in STUDIES.items():
         cells = list(each.cells(range(2)))
         assert len(set(cells)) == len(cells)
         assert {cell.method for cell in cells} <= set(METHODS)
-        assert {cell.task for cell in cells} == set(TASKS)
-        assert {cell.optimizer for cell in cells} <= set(OPTIMIZERS)
+        assert {cell.task for cell in cells} == set(of_tasks.get(name, DETERMINISTIC))
+        optimizers = {MUON_AND_ADAMW} if name == "optimizers" else set(OPTIMIZERS)
+        assert {cell.optimizer for cell in cells} <= optimizers
         assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_what_is_changed_has_a_reference_in_its_own_study():
+    """The variants have the closure after the step, and so has what they are compared with."""
+    for name in ("variants", "guard"):
+        cells = list(STUDIES[name].cells(range(1)))
+        changed = {cell._replace(method="") for cell in cells if cell.method != REFERENCE}
+        assert changed <= {cell._replace(method="") for cell in cells if cell.method == REFERENCE}
+    for name in ("batches", "lengths"):
+        assert {cell.method for cell in STUDIES[name].cells(range(1))} == {REFERENCE, "cosine"}
 
 
 def test_only_what_is_missing_is_trained(tmp_path, monkeypatch, capsys):
@@ -270,10 +424,11 @@ def test_data_that_are_not_there_are_named(tmp_path, monkeypatch, capsys):
 
 def test_data_are_asked_for_before_anything_is_trained(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(slices, "_run", lambda *_: pytest.fail("trained"))
-    both = "--images is needed for images, --text is needed for transformer and lstm: give"
-    for tasks, said in ((["digits", "lstm"], "--text is needed for lstm: give"), (list(TASKS), both)):
+    images = "--images is needed for images, diffusion, masked"
+    both = f"{images}; --text is needed for transformer, lstm: give"
+    for names, said in ((["digits", "lstm"], "--text is needed for lstm: give"), (list(TASKS), both)):
         with pytest.raises(SystemExit):
-            study.main(["starts", "--results", str(tmp_path), "--tasks", *tasks])
+            study.main(["starts", "--results", str(tmp_path), "--tasks", *names])
         assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -287,9 +442,9 @@ def test_windows_that_are_combined_are_all_looked_along(monkeypatch):
     spans = []
     look = Prober.look
 
-    def watched(self, line, *args):
+    def watched(self, line, *args, **kwargs):
         spans.append(line.window)
-        return look(self, line, *args)
+        return look(self, line, *args, **kwargs)
 
     monkeypatch.setattr(Prober, "look", watched)
     train(Cell("digits", "SGD", "AutoLR, windows agreeing", 0.1, 0), NOWHERE)
@@ -346,7 +501,7 @@ def test_a_seed_has_no_say_in_the_rate_that_it_is_compared_with():
     assert held_out_table(outcomes(worse))[2].startswith("| SGD | **-12.8 ± 3.1** |")
     lost = [{**each, "result": None} if each["method"] == "AutoLR" else each for each in rows]
     assert held_out_table(outcomes(lost))[2].startswith("| SGD | **-")
-    assert held_out_table(outcomes(rows[:-2]))[2] == "| SGD |  |  |  |  |  |  |"
+    assert held_out_table(outcomes(rows[:-2]))[2] == "| SGD |  |  |  |  |  |  |  |  |"
 
 
 def test_an_error_needs_three_seeds():
@@ -358,7 +513,7 @@ def test_an_error_needs_three_seeds():
 
 
 def test_a_change_is_compared_with_the_default_of_the_same_seed_and_start():
-    rows = [row("AutoLR", lr, seed, 80.0 + 10 * seed, scheduling=0.5) for lr in (1e-4, 1.0) for seed in range(3)]
+    rows = [row(REFERENCE, lr, seed, 80.0 + 10 * seed, scheduling=0.5) for lr in (1e-4, 1.0) for seed in range(3)]
     rows += [row("AutoLR", 10.0, seed, 0.0, scheduling=0.5) for seed in range(3)]  # a start the others have not
     for name, gains in (("every 30", (-2.0, -3.0, -4.0)), ("window 4", (-1.0, 0.0, 2.5)), ("guard 4", (1.5,))):
         rows += [
@@ -381,9 +536,9 @@ def test_a_change_is_compared_with_the_default_of_the_same_seed_and_start():
 
 
 def test_without_a_guard_is_compared_with_the_default_of_the_same_setting():
-    rows = [row("AutoLR", 1.0, seed, 90.0 + seed, batch_size=8) for seed in range(3)]
+    rows = [row(REFERENCE, 1.0, seed, 90.0 + seed, batch_size=8) for seed in range(3)]
     rows += [row("AutoLR, not guarded", 1.0, seed, 80.0 + 2 * seed, batch_size=8) for seed in range(3)]
-    rows += [row("AutoLR", 1.0, 0, 10.0), row("AutoLR, not guarded", 1.0, 0, 20.0, length=5)]
+    rows += [row(REFERENCE, 1.0, 0, 10.0), row("AutoLR, not guarded", 1.0, 0, 20.0, length=5)]
     assert unguarded_table(outcomes(rows, batch_size=8))[2].startswith("| SGD | **-9.0 ± 0.6** |  |")
     assert unguarded_table(outcomes(rows, length=5))[2] == "| SGD |  |  |  |  |  |  |"
 
@@ -392,14 +547,14 @@ def test_training_losses_are_those_of_the_lowest_and_of_the_best():
     rows = [row("cosine", lr, 0, 90.0 + lr, loss=lr) for lr in (0.1, 1.0)] + [row("cosine", 3.0, 0, None)]
     rows += [row("cosine", 1e-6, 0, 50.0, loss=0.001)]  # not in the grid
     rows += [row("AutoLR", lr, seed, 92.0, loss=lr + seed) for lr in (1.0, 2.0, 7.0) for seed in (0, 1, 2)]
-    assert training_table(outcomes(rows))[2] == "| SGD | 3, 0.1, 1 |  |  |  |  |  |"
+    assert training_table(outcomes(rows))[2] == "| SGD | 3, 0.1, 1 |  |  |  |  |  |  |  |"
 
 
 def test_settings_are_compared_with_the_cosine_of_the_same():
     longer, smaller = {"length": 5}, {"batch_size": 8}
     rows = [row("cosine", lr, 0, 90.0 + lr, **longer) for lr in (0.1, 1.0)] + [row("cosine", 0.1, 0, 99.0)]
-    rows += [row("AutoLR", lr, 0, 92.0 + lr, scheduling=0.5, **longer) for lr in (1e-4, 1.0)]
-    rows += [row("AutoLR", 1.0, 0, 50.0, **smaller)]  # to be compared with nothing
+    rows += [row(REFERENCE, lr, 0, 92.0 + lr, scheduling=0.5, **longer) for lr in (1e-4, 1.0)]
+    rows += [row(REFERENCE, 1.0, 0, 50.0, **smaller)]  # to be compared with nothing
     assert settings_table(rows)[2:] == ["| digits, SGD |  | +1.5, 5% |"]
 
 
@@ -407,3 +562,36 @@ def test_gains_are_points_or_percent():
     assert gain("digits", 90.0, 91.5) == -1.5
     assert gain("lstm", 1.8, 2.0) == pytest.approx(10.0)
     assert gain("lstm", math.inf, 2.0) == -math.inf
+
+
+def test_two_optimizers_are_compared_with_their_cosine_from_each_start():
+    def of_pair(method, lr, seed, result):
+        return {**row(method, lr, seed, result), "task": "transformer", "optimizer": MUON_AND_ADAMW}
+
+    rows = [of_pair("cosine", lr, seed, 2.0 + lr) for lr in (0.0003, 0.01) for seed in range(3)]
+    rows = [{**each, "result": 2.0} if each["lr"] == 0.01 else each for each in rows]
+    rows += [of_pair("AutoLR", 1e-6, seed, 1.9 - 0.02 * seed) for seed in range(3)]
+    rows += [of_pair("AutoLR", 1.0, seed, 2.1) for seed in range(3)]
+    rows += [{**row("AutoLR", 1.0, 0, 1.0), "task": "transformer"}]  # of one optimizer
+    head, _, auto = paired_table(outcomes(rows))
+    assert head == "| transformer: 2 at 0.01 | from 1e-06 | from 1 | median | worst |"
+    assert auto == "| AutoLR | +6.0 ± 0.6 | -5.0 ± 0.0 | +0.5 ± 0.3 | -5.0 |"
+
+
+def test_replayed_masks_are_compared_with_others_of_the_same_seed_and_start():
+    def dropping(method, lr, seed, result):
+        return {**row(method, lr, seed, result), "task": DROPOUT}
+
+    rows = [dropping(AFTER_STEP, lr, seed, 2.0) for lr in (1e-4, 1.0) for seed in range(3)]
+    rows += [dropping("AutoLR", lr, seed, 1.9 - 0.02 * seed) for lr in (1e-4, 1.0) for seed in range(3)]
+    assert replay_table(outcomes(rows))[2:] == ["| SGD | **+6.0 ± 0.6** | 1.88 | 2 |"]
+    assert "| SGD | **+6.0 ± 0.6** |" in page([{**each, "machine": ""} for each in rows], outcomes(rows), [])
+
+
+def test_what_was_not_run_has_no_section():
+    rows = [{**row("cosine", lr, 0, 90.0, loss=0.1), "machine": ""} for lr in TUNED]
+    found = outcomes(rows)
+    assert paired_table(found) == replay_table(found) == []
+    written = page(rows, found, ["AutoLR", "cosine"])
+    assert "Two optimizers" not in written
+    assert "replayed, or not" not in written
