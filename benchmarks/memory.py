@@ -149,9 +149,7 @@ def train(problem: Problem, probing: bool) -> None:
     """Train a few steps, all of them probed if AutoLR is there."""
     scheduler = AutoLR(problem.optimizer, problem.model) if probing else None
     for _ in range(_STEPS):
-        problem.train()
-        if scheduler:
-            scheduler.step(problem.closure)
+        problem.train(scheduler)
 
 
 def _in_use() -> int:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autolr_fast import AutoLR
 from autolr_fast._steps import StepLine
 from autolr_fast.demo import network
 
@@ -64,11 +65,14 @@ class Problem(NamedTuple):
             for _ in range(count):
                 self.closure()
 
-    def train(self) -> None:
-        """Make one training step."""
+    def train(self, scheduler: AutoLR | None = None) -> None:
+        """Make one training step, under a scheduler or without."""
         self.optimizer.zero_grad()
-        self.closure().backward()
+        loss = scheduler.loss(self.closure) if scheduler else self.closure()
+        loss.backward()
         self.optimizer.step()
+        if scheduler:
+            scheduler.step()
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -30,6 +32,7 @@ OPTIMIZERS: Mapping[str, Callable[[Any], Optimizer]] = {
     "AdamW": lambda parameters: AdamW(parameters, lr=1e-3),
 }
 _WARM_UP = 5  # steps
+_CALLS = 20_000  # of a loss
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(model: str, optimizer: str, steps: int) -> dict[str, Any]:
     """Train with a cosine schedule, with AutoLR, and with the schedule again: the machine's speed drifts."""
     before, (seconds, evaluator), after = (train(model, optimizer, steps, auto) for auto in (False, True, False))
+    plain, through = loss_between_probes(model, optimizer)
     return {
         "model": model,
         "optimizer": optimizer,
@@ -60,6 +64,8 @@ def measure(model: str, optimizer: str, steps: int) -> dict[str, Any]:
         "cosine_ms": 1e3 * statistics.mean((before[0], after[0])) / steps,
         "ms": 1e3 * seconds / steps,
         "evaluator": evaluator,
+        "closure_us": 1e6 * plain,
+        "loss_us": 1e6 * through,
         **about(),
         "seed": SEED,
     }
@@ -71,16 +77,35 @@ def train(model: str, optimizer: str, steps: int, auto: bool) -> tuple[float, st
     for _ in range(_WARM_UP):
         problem.closure().backward()
     optim = OPTIMIZERS[optimizer](problem.model.parameters())
-    scheduler: Any = AutoLR(optim, problem.model, total_steps=steps) if auto else CosineAnnealingLR(optim, steps)
+    auto_lr = AutoLR(optim, problem.model, total_steps=steps) if auto else None
+    scheduler = auto_lr or CosineAnnealingLR(optim, steps)
     wait()
     start = time.perf_counter()
     for _ in range(steps):
         optim.zero_grad()
-        problem.closure().backward()
+        loss = auto_lr.loss(problem.closure) if auto_lr else problem.closure()
+        loss.backward()
         optim.step()
-        scheduler.step(*[problem.closure] * auto)
+        scheduler.step()
     wait()
-    return time.perf_counter() - start, scheduler.evaluator.name if auto else ""
+    return time.perf_counter() - start, auto_lr.evaluator.name if auto_lr else ""
+
+
+def loss_between_probes(model: str, optimizer: str) -> tuple[float, float]:
+    """Return the seconds of a closure that has its loss already, and of ``scheduler.loss`` between probes."""
+    problem = make_problem(model, DEVICE)
+    optim = OPTIMIZERS[optimizer](problem.model.parameters())
+    scheduler = AutoLR(optim, problem.model, calibration_steps=0, probe_every_steps=10)
+    loss = problem.closure()
+
+    def closure() -> Tensor:
+        return loss
+
+    seconds = []
+    for call in (closure, lambda: scheduler.loss(closure)):
+        wait()
+        seconds.append(min(timeit.repeat(call, number=_CALLS, repeat=5)) / _CALLS)
+    return seconds[0], seconds[1]
 
 
 if __name__ == "__main__":
