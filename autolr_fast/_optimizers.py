@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Optimizers:
             raise ValueError(f"optimizer={given!r} is empty: give one optimizer, or a list of those of the model")
         self._all = [_checked(_unwrapped(each)) for each in several]
         self._places: list[tuple[int, int]] = []  # of each param group: index of the optimizer, and in it
+        self._counts: list[int] = []  # of the groups of each optimizer that have a place
         if len(set(map(id, self._all))) < len(self._all):
             raise ValueError("optimizer: the list has one optimizer twice; list each once")
         if len({bool(group.get("maximize", False)) for group in self.param_groups}) > 1:
@@ -61,7 +62,10 @@ class Optimizers:
         Raises:
             ValueError: if a group is gone.
         """
-        now = [(n, index) for n, optimizer in enumerate(self._all) for index in range(len(optimizer.param_groups))]
+        counts = [len(optimizer.param_groups) for optimizer in self._all]
+        if counts == self._counts:  # as nearly always: it is asked at every step
+            return self._places
+        now = [(n, index) for n, count in enumerate(counts) for index in range(count)]
         known = set(self._places)
         if not known <= set(now):
             raise ValueError(
@@ -69,6 +73,7 @@ class Optimizers:
                 "removed; freeze their parameters with requires_grad_(False) instead"
             )
         self._places += [place for place in now if place not in known]
+        self._counts = counts
         return self._places
 
     def load_places(self, places: Sequence[Sequence[int]]) -> None:
@@ -91,7 +96,7 @@ class Optimizers:
         return f"optimizer{f'[{optimizer}]' * (len(self._all) > 1)}.param_groups[{own}]"
 
 
-def names_of(optimizers: Sequence[torch.optim.Optimizer]) -> str:
+def names_of(optimizers: Iterable[torch.optim.Optimizer]) -> str:
     """Return the names of the classes of optimizers, to tell of them."""
     return " and ".join(type(optimizer).__name__ for optimizer in optimizers)
 

@@ -355,8 +355,7 @@ class AutoLR(LRScheduler):
         seen = look(self._rule.factors)
         weights, factor = self._rule.weigh(seen.costs)
         cost = seen.costs[self._rule.unscaled]
-        own = None if seen.beside is None else seen.beside[-1]
-        again = self._calibration.find_again(look, cost, now, line.window, own) if line.window else None
+        again = self._calibration.find_again(look, seen, cost, now, line.window) if line.window else None
         # From here on nothing raises that a closure can cause.
         if again is None:
             loss, variance = _progress(seen, cost)
@@ -476,10 +475,10 @@ class AutoLR(LRScheduler):
 
 def _progress(seen: Look, cost: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the loss that progress is judged by, and its variance: of all steps, or of one candidate."""
-    if seen.beside is None:
+    if seen.training is None:
         return cost, None
-    mean, variance, _ = seen.beside.unbind()
-    return torch.where(mean.isnan(), cost, mean), variance.abs()
+    mean, variance, _ = seen.training
+    return torch.where(mean.isnan(), cost, mean), variance
 
 
 _EXPECTED = "expected a callable that returns the loss, as in scheduler.loss(lambda: loss_fn(model(x), y))"

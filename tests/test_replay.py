@@ -80,6 +80,14 @@ def draw():
     return torch.rand(1).item(), random.random(), numpy.random.random()
 
 
+def step_unnoticed(model, optimizer, scheduler):
+    """Of a probe nothing is left but the rate, also in the random streams."""
+    before, left = everything(model, optimizer), random_states()
+    scheduler.step()
+    assert_same(before, everything(model, optimizer))
+    assert str(random_states()) == str(left)
+
+
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 @pytest.mark.parametrize("noise", sorted(NOISES))
 def test_candidates_see_the_noise_of_the_step(noise, evaluator):
@@ -93,10 +101,7 @@ def test_candidates_see_the_noise_of_the_step(noise, evaluator):
         scheduler.loss(lambda x=x, y=y: loss_of(model, x, y)).backward()
         draw()
         optimizer.step()
-        before, left = everything(model, optimizer), random_states()
-        scheduler.step()
-        assert_same(before, everything(model, optimizer))
-        assert str(random_states()) == str(left)
+        step_unnoticed(model, optimizer, scheduler)
     of_batch = lambda model: loss_of(model, x, y)  # noqa: E731
     expected = losses_of_copies(model, prev, FACTORS_5, from_states(states, of_batch))
     exact = evaluator == "stacked" or (ON_GPU and evaluator == "graphed")
@@ -450,10 +455,7 @@ def test_each_micro_batch_is_replayed_with_its_own_noise(which, evaluator):
             (scheduler.loss(lambda x=x, y=y: loss_of(model, x, y)) / 3).backward()
             draw()
         optimizer.step()
-        before, left = everything(model, optimizer), random_states()
-        scheduler.step()
-        assert_same(before, everything(model, optimizer))
-        assert str(random_states()) == str(left)
+        step_unnoticed(model, optimizer, scheduler)
     losses = [losses_of_copies(model, prev, FACTORS_5, part) for part in parts]
     expected = [MICRO_BATCHES[which](losses_of_one) for losses_of_one in zip(*losses, strict=True)]
     assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-5)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._evaluators.prober import Look
 from .._optimizers import Optimizers
 from .search import Found, LookAt, search, search_again
 
@@ -47,26 +48,23 @@ class Calibration:
             window: steps that the line spans; of one, the cost before it may be known.
         """
         found = search(look, self._factors, lowest, highest)
-        if window == 1 and found.seen.beside is not None:
-            before = found.seen.beside[-1].item()  # not a number if unknown: then nothing is above it
-            if found.cost >= before - found.seen.precision * abs(before):
-                found = found._replace(is_uphill=True)
+        before = _before_the_last(found.seen) if window == 1 else math.nan
+        if found.cost >= before - found.seen.precision * abs(before):
+            found = found._replace(is_uphill=True)
         if not found.why_not:
             self._found = True
             self._lowest_cost = found.cost
         return found
 
-    def find_again(
-        self, look: LookAt, cost: Tensor, step: int, window: int, own: Tensor | None = None
-    ) -> Found | None:
+    def find_again(self, look: LookAt, seen: Look, cost: Tensor, step: int, window: int) -> Found | None:
         """Find how long the last steps had better been, if the loss blew up in them; see :func:`search_again`.
 
         Args:
             look: at the candidates of these steps.
+            seen: the last look.
             cost: 0-dim, about where the steps ended; it is read back, in the first steps alone.
             step: optimizer steps done.
             window: of these, how many were the last ones.
-            own: 0-dim, the cost before the very last; not a number, or ``None``, if unknown.
 
         Returns:
             ``None`` if the step is none of the first, or the loss did not blow up.
@@ -74,10 +72,12 @@ class Calibration:
         if step > self.steps:
             return None
         ended = cost.item()
-        known = math.nan if own is None else own.item()
-        before = self._lowest_cost if math.isnan(known) else min(self._lowest_cost, known)
-        began = known if window == 1 and not math.isnan(known) else None
-        found = search_again(look, self._factors, ended, before, began)
+        own = _before_the_last(seen)
+        if math.isnan(own):
+            found = search_again(look, self._factors, ended, self._lowest_cost)
+        else:
+            began = own if window == 1 else None
+            found = search_again(look, self._factors, ended, min(self._lowest_cost, own), began)
         self._lowest_cost = min(self._lowest_cost, ended if found is None else found.cost)
         return found
 
@@ -88,6 +88,11 @@ class Calibration:
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` returned."""
         self._found, self._lowest_cost = state["found"], state["lowest_cost"]
+
+
+def _before_the_last(seen: Look) -> float:
+    """Return the cost of the batch before the last step; not a number, to which nothing compares, if unknown."""
+    return math.nan if seen.training is None else seen.training.own.item()
 
 
 def start_ratio(optimizers: Optimizers, began_warm: bool) -> float:

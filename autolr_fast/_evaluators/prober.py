@@ -21,6 +21,20 @@ __all__ = ["Look", "Prober"]
 _SAME = 1e-3  # of a loss: some GPU operations add up in another order each time
 
 
+class Seen(NamedTuple):
+    """What training itself has seen, as costs; 0-dim float64 each, not a number if unknown.
+
+    Attributes:
+        mean: of all steps since the last probe.
+        variance: of that mean.
+        own: of the closure, before the last step.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    own: Tensor
+
+
 class Look(NamedTuple):
     """The losses of all candidates on a line.
 
@@ -29,14 +43,14 @@ class Look(NamedTuple):
         losses: [N] float64, averaged over ranks.
         costs: [N] float64, the lower the better: the losses, or their negatives where the optimizer maximizes.
         precision: the relative rounding error of the losses.
-        beside: [K] float64, what was averaged and made costs beside them, if anything was.
+        training: what came beside them, if anything did.
     """
 
     factors: Sequence[float]
     losses: Tensor
     costs: Tensor
     precision: float
-    beside: Tensor | None = None
+    training: Seen | None = None
 
 
 class Prober:
@@ -72,8 +86,7 @@ class Prober:
             line: where the candidates lie.
             closure: returns the scalar loss.
             factors: N factors, one a candidate.
-            beside: [K], more losses, which travel with these between ranks and devices; the last is the closure's
-                before the last step, not a number if unknown.
+            beside: [3], what :class:`Seen` holds, as losses; they travel with these between ranks and devices.
 
         Raises:
             ClosureError: if the closure does not return a scalar loss, calls backward, or does not repeat itself.
@@ -84,10 +97,15 @@ class Prober:
         seen = self.evaluator.losses(self.model, line, factors, closure)
         all_losses = seen.double() if beside is None else torch.cat([seen.double(), beside.to(seen.device)])
         all_losses = mean_over_ranks(all_losses, self.process_group).to(self._device)
-        losses = all_losses[: len(factors)]
-        costs = -all_losses if self._maximize else all_losses
-        more = None if beside is None else costs[len(factors) :]
-        return Look(factors, losses, costs[: len(factors)], torch.finfo(seen.dtype).eps, more)
+        losses, more = all_losses[: len(factors)], all_losses[len(factors) :]
+        training = None
+        if beside is not None:
+            mean, variance, own = more.unbind()
+            training = Seen(self._cost(mean), variance, self._cost(own))
+        return Look(factors, losses, self._cost(losses), torch.finfo(seen.dtype).eps, training)
+
+    def _cost(self, loss: Tensor) -> Tensor:
+        return -loss if self._maximize else loss
 
     def _check(self, line: Line, closure: Closure, beside: Tensor | None) -> None:
         """See that the closure returns the same loss each time, and where the step began, that of the step."""

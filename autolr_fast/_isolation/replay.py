@@ -28,14 +28,13 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module):
-        self._model = model
+        self._modules = list(model.modules())
         self._parts: list[_Part] = []
 
     def add(self, closure: Closure) -> None:
         """Remember a closure, and where everything stands; call it before the closure runs in training."""
-        modules = list(self._model.modules())
-        modes = [module.training for module in modules]
-        self._parts.append(_Part(bound(closure), RandomStreams(), _autocasts(), modules, modes))
+        modes = [module.training for module in self._modules]
+        self._parts.append(_Part(bound(closure), RandomStreams(), _autocasts(), self._modules, modes))
 
     def drop_last(self) -> None:
         """Forget the closure that was added last."""

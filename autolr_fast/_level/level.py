@@ -145,9 +145,10 @@ class Level:
         """Write the learning rates after ``step`` optimizer steps into the param groups."""
         self._step = step
         annealed = self.annealed(step)
-        for group, base in zip(self._optimizers.param_groups, self.base, strict=True):
+        groups = self._optimizers.param_groups
+        for group, base in zip(groups, self.base, strict=True):
             _write(group, self._rate(base, annealed))
-        self._written = [_stamp(group["lr"]) for group in self._optimizers.param_groups]
+        self._written = [_stamp(group["lr"]) for group in groups]
 
     def reclaim(self) -> str:
         """Put back the learning rates that something else wrote since; return what to tell the user of it.

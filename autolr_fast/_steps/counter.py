@@ -104,7 +104,7 @@ class StepCounter:
             self._sample = sample
         elif sample.shape == self._sample.shape and not torch.equal(sample, self._sample):
             raise RuntimeError(
-                f"the parameters moved, and AutoLR saw no step of {names_of(list(self._optimizers))}: something "
+                f"the parameters moved, and AutoLR saw no step of {names_of(self._optimizers)}: something "
                 "else moves them. Give AutoLR the optimizer whose step() does (of a wrapper, the one inside, such "
                 "as sam.base_optimizer), and load weights before the first scheduler.step()"
             )
