@@ -116,6 +116,8 @@ class Auto(Evaluator):
             try:
                 evaluator.losses(model, line, factors, closure)  # checks the model, and warms up
                 taken = seconds(partial(evaluator.losses, model, line, factors, closure))
+            except StopIteration:  # the closure's own
+                raise
             except Exception as error:
                 refused = _text(error) if batches else ""
                 continue

@@ -55,7 +55,7 @@ class Graphed(Evaluator):
             self._recorder = self._make_recorder(model, line)
         with (
             rewritten(line.parameters) as (now, rows),
-            Isolation(model) as isolation,
+            Isolation(model, closure) as isolation,
             run_eagerly(),
             self._recorder as recorder,
         ):
@@ -122,7 +122,7 @@ class Graphed(Evaluator):
 
         try:
             loss = isolation.run(captured)  # what it undoes comes after the capture, and is no part of the graph
-        except ClosureError:
+        except (ClosureError, StopIteration):
             raise
         except Exception as error:
             cause = f"its closure cannot be captured in a CUDA graph: {type(error).__name__}: {error}"

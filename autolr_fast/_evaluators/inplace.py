@@ -30,7 +30,7 @@ class InPlace(Evaluator):
     def losses(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
         """Return the losses, [N]; see :meth:`Evaluator.losses`."""
         losses = []
-        with rewritten(line.parameters) as (now, rows), Isolation(model) as isolation:
+        with rewritten(line.parameters) as (now, rows), Isolation(model, closure) as isolation:
             write = line.writer(now.values, rows)
             for factor in factors:
                 write([factor])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._isolation import Closure, check_repeatable
-from .._machine.ranks import ProcessGroup, is_distributed, mean_over_ranks
+from .._isolation import Closure, Isolation, NeedsGradientsError, Probed, Replay, check_repeatable, probed
+from .._machine.ranks import ProcessGroup, is_distributed, is_sharded, mean_over_ranks
 from .._machine.warning import warn
 from .._steps import Line
 from .base import Evaluator
-from .inplace import InPlace
+from .inplace import InPlace, rewritten
 
 __all__ = ["Look", "Prober"]
 
@@ -78,6 +79,7 @@ class Prober:
         self._maximize = maximize
         self._device = device
         self._is_checked = False
+        self._needs_gradients = False  # of the closures so far
 
     def look(self, line: Line, closure: Closure, factors: Sequence[float], beside: Tensor | None = None) -> Look:
         """Return the losses at N factors.
@@ -89,12 +91,13 @@ class Prober:
             beside: [3], what :class:`Seen` holds, as losses; they travel with these between ranks and devices.
 
         Raises:
-            ClosureError: if the closure does not return a scalar loss, calls backward, or does not repeat itself.
+            ClosureError: if the closure does not return a scalar loss, calls backward, writes to a tensor that it
+                holds, or does not repeat itself.
         """
-        if not self._is_checked:
-            self._check(line, closure, beside)
-            self._is_checked = True
-        seen = self.evaluator.losses(self.model, line, factors, closure)
+        known = probed(closure)
+        known.needs_gradients = self._needs_gradients
+        seen = self._losses(line, known, factors, beside)
+        self._needs_gradients = known.needs_gradients
         all_losses = seen.double() if beside is None else torch.cat([seen.double(), beside.to(seen.device)])
         all_losses = mean_over_ranks(all_losses, self.process_group).to(self._device)
         losses, more = all_losses[: len(factors)], all_losses[len(factors) :]
@@ -107,18 +110,59 @@ class Prober:
     def _cost(self, loss: Tensor) -> Tensor:
         return -loss if self._maximize else loss
 
-    def _check(self, line: Line, closure: Closure, beside: Tensor | None) -> None:
-        """See that the closure returns the same loss each time, and where the step began, that of the step."""
+    def _losses(self, line: Line, closure: Probed, factors: Sequence[float], beside: Tensor | None) -> Tensor:
+        """Return the losses, evaluated with gradients on if the closure fails without."""
+        if not closure.needs_gradients:
+            with suppress(NeedsGradientsError):
+                return self._checked_losses(line, closure, factors, beside)
+            closure.needs_gradients = True
+        return self._checked_losses(line, closure, factors, beside)
+
+    def _checked_losses(
+        self, line: Line, closure: Probed, factors: Sequence[float], beside: Tensor | None
+    ) -> Tensor:
+        if not self._is_checked:
+            self._check(line, closure, beside)
+            self._is_checked = True
+        return self.evaluator.losses(self.model, line, factors, closure)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _check(self, line: Line, closure: Probed, beside: Tensor | None) -> None:
+        """See that the closure returns the same loss each time, and where the step began, that of the step.
+
+        Training ran it with gradients on. Where the loss is another without, candidates are evaluated with them.
+        """
         own = math.nan if beside is None or line.window != 1 or is_distributed() else beside[-1].item()
         if not math.isfinite(own):  # unknown, or ranks might not do the same
-            check_repeatable(self.model, closure)
+            with rewritten(self._trained()):  # the forward may write to them
+                without = check_repeatable(self.model, closure)
+                if isinstance(closure, Replay) and not closure.needs_gradients and not is_sharded(self.model):
+                    closure.needs_gradients = self._differs_with_gradients(closure, without)
             return
         again = InPlace().losses(self.model, line, [0.0], closure).item()
-        if not math.isclose(again, own, rel_tol=_SAME):
+        if math.isclose(again, own, rel_tol=_SAME):
+            return
+        if not closure.needs_gradients:
+            closure.needs_gradients = True
+            twice = InPlace().losses(self.model, line, [0.0, 0.0], closure).tolist()  # once may be chance
+            if all(math.isclose(each, own, rel_tol=_SAME) for each in twice):
+                return
+            closure.needs_gradients = False
+        with rewritten(self._trained()):
             check_repeatable(self.model, closure)
-            warn(
-                f"scheduler.loss returned {own:.6g}, and the closure now returns {again:.6g} at the same "
-                "parameters: probes are not judged by the loss of the step. The closure reads something that has "
-                "changed since: a batch that a function inside of it looks up late, or changes in place, or what "
-                "the model keeps from one forward to the next. Pass the batch as in partial(loss_of, x, y)"
-            )
+        warn(
+            f"scheduler.loss returned {own:.6g}, and the closure now returns {again:.6g} at the same "
+            "parameters: probes are not judged by the loss of the step. The closure reads something that has "
+            "changed since: a batch that a function inside of it looks up late, or changes in place, or what "
+            "the model keeps from one forward to the next. Pass the batch as in partial(loss_of, x, y)"
+        )
+
+    def _differs_with_gradients(self, closure: Replay, without: Tensor) -> bool:
+        """Whether the loss is another with gradients on, on any rank."""
+        closure.needs_gradients = True
+        with Isolation(self.model, closure) as isolation:
+            loss = isolation.run(closure).double()
+        differs = ~torch.isclose(loss, without, rtol=_SAME, atol=0.0, equal_nan=True)
+        return bool(mean_over_ranks(differs.double(), self.process_group) > 0)

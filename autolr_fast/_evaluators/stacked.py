@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._isolation import Closure, Isolation, scalar_loss
+from .._isolation import Closure, ClosureError, Isolation, scalar_loss
 from .._machine.memory import check_max_memory, free_memory, is_out_of_memory
 from .._ops.buffer import StackedBuffer
 from .._ops.writers import MAX_ROWS
 from .._steps import Line
 from .base import Evaluator, EvaluatorError
+from .inplace import InPlace
 from .nearby import Nearby
 from .streamed import Checked, check_reach
 from .substitution import Substitution, run_eagerly
 from .vmap_rules import FusedLayers
+from .watch import BufferPlace
 
 __all__ = ["Stacked"]
 
@@ -49,7 +51,7 @@ class Stacked(Evaluator):
         self._chunk: int | None = None  # candidates in one forward
         self._buffer: StackedBuffer | None = None
         self._checked = Checked()
-        self._changing: list[str] = []  # names of buffers that the forward changes: each candidate has its own
+        self._changing: list[BufferPlace] = []  # buffers that the forward changes: each candidate has its own
 
     def losses(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
         """Return the losses, [N]; see :meth:`Evaluator.losses`.
@@ -62,6 +64,7 @@ class Stacked(Evaluator):
             line,
             check=lambda: self._check(model, line, closure),
             evaluate=lambda: self._in_chunks(model, line, factors, closure),
+            in_place=lambda: InPlace().losses(model, line, factors, closure),
         )
 
     def state(self) -> dict[str, Any]:
@@ -78,6 +81,8 @@ class Stacked(Evaluator):
         self._changing, expected = forward.changing, list(forward.losses.values())
         try:
             batched = self._in_chunks(model, Nearby(line.parameters), list(forward.losses), closure)[0].tolist()
+        except (ClosureError, StopIteration):
+            raise
         except Exception as error:
             raise EvaluatorError(self.name, model, f"{type(error).__name__}: {error}") from error
         # No absolute tolerance: a loss may be small as a whole.
@@ -99,7 +104,7 @@ class Stacked(Evaluator):
         losses: list[Tensor] = []
         used: frozenset[int] = frozenset()
         done = 0
-        with Isolation(model) as isolation, run_eagerly():
+        with Isolation(model, closure) as isolation, run_eagerly():
             while done < len(factors):
                 chunk = factors[done : done + self._chunk]
                 try:
@@ -123,7 +128,7 @@ class Stacked(Evaluator):
     def _at_once(
         self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure, isolation: Isolation
     ) -> tuple[Tensor, frozenset[int]]:
-        buffers = [model.get_buffer(name) for name in self._changing]
+        buffers = [buffer for place in self._changing if (buffer := place.find()) is not None]
         tensors = [*line.parameters, *buffers]
         rows = self._candidates(line, factors)
         rows += [buffer.expand(len(factors), *buffer.shape).clone() for buffer in buffers]

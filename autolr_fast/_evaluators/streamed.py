@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .._isolation import Closure, Isolation
-from .._machine.memory import SMALL
+from .._machine.memory import SMALL, is_out_of_memory
 from .._ops.buffer import dense_strides
 from .._steps import Line
 from .base import Evaluator, EvaluatorError
-from .inplace import InPlace
+from .inplace import InPlace, rewritten
 from .nearby import Nearby
 from .substitution import Substitution, run_eagerly, storage_of
 from .watch import Forward, watch
@@ -51,6 +51,7 @@ class Streamed(Evaluator):
             line,
             check=lambda: check_reach(self.name, model, line, closure),
             evaluate=lambda: _stream(model, line, factors, closure),
+            in_place=lambda: InPlace().losses(model, line, factors, closure),
         )
 
 
@@ -68,6 +69,7 @@ class Checked:
         line: Line,
         check: Callable[[], object],
         evaluate: Callable[[], tuple[Tensor, frozenset[int]]],
+        in_place: Callable[[], Tensor],
     ) -> Tensor:
         """Return the losses, [N].
 
@@ -76,16 +78,41 @@ class Checked:
             line: has the parameters.
             check: called once for a model with these parameters, and where a forward used others of them.
             evaluate: returns the losses, and the indices of the parameters that were used.
+            in_place: returns the losses where no check is possible yet: of a batch whose loss is not finite.
         """
         parameters = [id(parameter) for parameter in line.parameters]
         if self._model is None or self._model() is not model or self._parameters != parameters:
-            check()
+            try:
+                check()
+            except NotFiniteError:
+                if not self._check_where_it_began(line, check):
+                    return in_place()
             self._model, self._parameters, self._used = weakref.ref(model), parameters, set()
-        losses, used = evaluate()
+        try:
+            losses, used = evaluate()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                check()  # says more, if the closure is of another kind than the one that was checked
+            raise
         if self._used and used not in self._used:  # another way through the model than the one that was checked
             check()
         self._used.add(used)
         return losses
+
+    @staticmethod
+    def _check_where_it_began(line: Line, check: Callable[[], object]) -> bool:
+        """Check before a step that was far too long, where the loss may show more; return whether it did."""
+        with torch.no_grad(), rewritten(line.parameters) as (now, rows):
+            line.writer(now.values, rows)([0.0])
+            try:
+                check()
+            except NotFiniteError:
+                return False
+        return True
+
+
+class NotFiniteError(EvaluatorError):
+    """The loss is not finite where it was to show whether the evaluator serves."""
 
 
 @torch.no_grad()
@@ -95,7 +122,7 @@ def _stream(
     """Return the losses, [N], of a model that :func:`check_reach` found nothing against, and what they used."""
     candidate = _Candidate(line)
     losses = []
-    with Isolation(model) as isolation, run_eagerly():
+    with Isolation(model, closure) as isolation, run_eagerly():
         for factor in factors:
             candidate.factor = factor
             losses.append(isolation.run(closure, within=candidate).detach())
@@ -129,7 +156,7 @@ def check_reach(evaluator: str, model: nn.Module, line: Line, closure: Closure) 
             expected = loss.item()
             if not math.isfinite(live + expected):
                 cause = f"its loss is not finite, {live} at its weights and {expected} near them, and shows nothing"
-                raise EvaluatorError(evaluator, model, cause)
+                raise NotFiniteError(evaluator, model, cause)
             # Inside a torch-function mode some layers leave a fused path; some GPU operations add up in any order.
             if not math.isclose(streamed, expected, rel_tol=1e-5 if loss.device.type == "cpu" else 1e-3):
                 cause = (
@@ -165,12 +192,9 @@ def _loss_nearby(
     written = set(part)
     others = _Candidate(Nearby([parameter for parameter in line.parameters if parameter not in written]))
     others.factor = factor
-
-    def beside_others() -> Tensor:
-        with run_eagerly(), others:
-            return closure()
-
-    return InPlace().losses(model, Nearby(part), [factor], beside_others)
+    with rewritten(part) as (now, rows), Isolation(model, closure) as isolation, run_eagerly():
+        Nearby(part).writer(now.values, rows)([factor])
+        return isolation.run(closure, within=others)
 
 
 class _Candidate(Substitution):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,16 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .._isolation import Closure, Isolation, scalar_loss
+from .._isolation import Closure, Isolation, probed, scalar_loss
 from .._machine.ranks import is_sharded
 from .._steps import Line
 from .base import EvaluatorError
 from .substitution import Substitution, run_eagerly, storage_of, tensors_in
 
-__all__ = ["Forward", "watch"]
+__all__ = ["BufferPlace", "Forward", "watch"]
 
 _COARSE = (torch.bfloat16, torch.float16)
+_NO_LEAVES = ("not require grad", "doesn't require grad", "to not have been used in the graph")
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+class BufferPlace(NamedTuple):
+    """Where a buffer is; a module may hold another tensor there later."""
+
+    module: weakref.ref[nn.Module]
+    name: str
+
+    def find(self) -> Tensor | None:
+        """Return the buffer that is there now, if its module lives."""
+        module = self.module()
+        return None if module is None else module._buffers.get(self.name)
 
 
 class Forward(NamedTuple):
@@ -27,12 +41,12 @@ class Forward(NamedTuple):
 
     Attributes:
         losses: factor of :class:`Nearby` -> its loss; that of 0.0 at first.
-        changing: names of the buffers that it changes in place.
+        changing: where the buffers are that it changes in place, also of modules beside the model.
         is_coarse: whether it rounds to fewer digits than float32 has, as under autocast.
     """
 
     losses: dict[float, float]
-    changing: list[str]
+    changing: list[BufferPlace]
     is_coarse: bool
 
 
@@ -47,23 +61,44 @@ def watch(evaluator: str, model: nn.Module, line: Line, closure: Closure) -> For
         closure: returns the scalar loss.
 
     Raises:
-        EvaluatorError: if it changes a parameter: a stand-in does not outlast its use.
+        EvaluatorError: if it changes a parameter, or differentiates one: a stand-in does not outlast its use, and
+            is no leaf.
     """
     if is_sharded(model):
         raise EvaluatorError(evaluator, model, "its parameters are sharded over ranks")
     mode = _Watch(line.parameters)
-    before = [(name, buffer, _version(buffer)) for name, buffer in model.named_buffers()]
-    with Isolation(model) as isolation, run_eagerly(), isolation.rewound():
-        with mode:
-            loss = scalar_loss(closure)
-        losses = {0.0: loss.item()}
-        changing = [
-            name for name, buffer, version in before if id(buffer) in mode.statistics or _version(buffer) != version
-        ]
+    try:
+        losses, changing = _run(model, closure, mode)
+    except RuntimeError as error:
+        if not probed(closure).needs_gradients or not any(text in str(error) for text in _NO_LEAVES):
+            raise
+        with Isolation(model, closure) as isolation:
+            isolation.run(closure)  # one that calls backward is at fault itself
+        raise EvaluatorError(evaluator, model, f"the loss differentiates its parameters: {error}") from error
     if mode.changed:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         raise EvaluatorError(evaluator, model, f"the forward changes parameter {names[id(mode.changed[0])]!r}")
     return Forward(losses, changing, mode.is_coarse)
+
+
+def _run(model: nn.Module, closure: Closure, mode: _Watch) -> tuple[dict[float, float], list[BufferPlace]]:
+    """Return the loss at the weights, as a dict, and the buffers that change."""
+    with Isolation(model, closure) as isolation, run_eagerly(), isolation.rewound():
+        before = {
+            id(buffer): (BufferPlace(weakref.ref(module), name), buffer, _version(buffer))
+            for module in isolation.modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+        with mode:
+            loss = scalar_loss(closure)
+        losses = {0.0: loss.item()}
+        changing = [
+            place
+            for place, buffer, version in before.values()
+            if id(buffer) in mode.statistics or _version(buffer) != version
+        ]
+    return losses, changing
 
 
 class _Watch(Substitution):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .closures import Closure
 
-__all__ = ["bound"]
+__all__ = ["UNBOUND", "bound", "content_of", "names_in"]
 
-_UNBOUND = object()
+UNBOUND = object()
+"""What a cell contains that is not bound yet."""
 
 
 def bound(closure: Closure) -> Closure:
@@ -36,13 +37,13 @@ def bound(closure: Closure) -> Closure:
         return closure
     original: Closure = closure
     cells = closure.__closure__ or ()
-    contents = [_content(cell) for cell in cells]
-    names = list(dict.fromkeys(_names(closure.__code__)))
-    values = [closure.__globals__.get(name, _UNBOUND) for name in names]
+    contents = [content_of(cell) for cell in cells]
+    names = list(dict.fromkeys(names_in(closure.__code__)))
+    values = [closure.__globals__.get(name, UNBOUND) for name in names]
 
     def run() -> Tensor:
-        stays = all(_content(cell) is content for cell, content in zip(cells, contents, strict=True))
-        found = [closure.__globals__.get(name, _UNBOUND) for name in names]
+        stays = all(content_of(cell) is content for cell, content in zip(cells, contents, strict=True))
+        found = [closure.__globals__.get(name, UNBOUND) for name in names]
         if stays and all(one is other for one, other in zip(found, values, strict=True)):
             return original()
         rebuilt = _rebuilt(closure, contents, dict(zip(names, values, strict=True)))
@@ -53,24 +54,25 @@ def bound(closure: Closure) -> Closure:
 
 def _rebuilt(closure: FunctionType, contents: list[object], values: dict[str, object]) -> Closure:
     """Return the function with other contents of its cells and other global variables."""
-    cells = tuple(CellType() if content is _UNBOUND else CellType(content) for content in contents)
+    cells = tuple(CellType() if content is UNBOUND else CellType(content) for content in contents)
     variables = {"__builtins__": builtins, **closure.__globals__, **values}
-    variables = {name: value for name, value in variables.items() if value is not _UNBOUND}
+    variables = {name: value for name, value in variables.items() if value is not UNBOUND}
     again = FunctionType(closure.__code__, variables, closure.__name__, closure.__defaults__, cells or None)
     again.__kwdefaults__ = closure.__kwdefaults__
     return again
 
 
-def _content(cell: CellType) -> object:
+def content_of(cell: CellType) -> object:
+    """Return what a free variable is, or :data:`UNBOUND`."""
     try:
         return cell.cell_contents
     except ValueError:  # not bound yet
-        return _UNBOUND
+        return UNBOUND
 
 
-def _names(code: CodeType) -> Iterator[str]:
+def names_in(code: CodeType) -> Iterator[str]:
     """Return the names of global variables, and of attributes, that a function and those inside of it read."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from names_in(constant)

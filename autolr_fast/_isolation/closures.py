@@ -7,21 +7,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["CALLED_BACKWARD", "REMEDY", "Closure", "ClosureError", "check_loss", "scalar_loss"]
+__all__ = [
+    "CALLED_BACKWARD",
+    "REMEDY",
+    "Closure",
+    "ClosureError",
+    "NeedsGradientsError",
+    "check_loss",
+    "scalar_loss",
+]
 
 Closure = Callable[[], Tensor]
 """Returns the scalar loss of one batch; does not call backward."""
 
 REMEDY = "write it as `lambda: loss_fn(model(x), y)`"
 CALLED_BACKWARD = (
-    f"closure called backward() or autograd.grad(), and a probe evaluates the loss without gradients: {REMEDY} and "
-    "keep zero_grad(), backward() and optimizer.step() outside; what the loss differentiates itself, it does under "
-    "torch.enable_grad()"
+    f"closure called backward(), whose gradients are those of training: {REMEDY} and keep zero_grad(), backward() "
+    "and optimizer.step() outside; what the loss differentiates itself comes from torch.autograd.grad"
 )
+_WITHOUT_GRADIENTS = ("not require grad", "doesn't require grad", "has requires_grad=False")
 
 
 class ClosureError(TypeError):
     """The closure is not one: it returns no scalar loss, no two alike, or calls backward or the optimizer."""
+
+
+class NeedsGradientsError(ClosureError):
+    """The closure differentiates something, and gradients are off: it may call backward, or may not."""
 
 
 def scalar_loss(closure: Closure) -> Tensor:
@@ -29,8 +41,8 @@ def scalar_loss(closure: Closure) -> Tensor:
     try:
         loss = closure()
     except RuntimeError as error:
-        if not torch.is_grad_enabled() and "does not require grad" in str(error):
-            raise ClosureError(CALLED_BACKWARD) from error
+        if not torch.is_grad_enabled() and any(text in str(error) for text in _WITHOUT_GRADIENTS):
+            raise NeedsGradientsError(CALLED_BACKWARD) from error
         raise
     check_loss(loss)
     return loss.reshape(())

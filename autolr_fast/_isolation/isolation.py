@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .._machine.ranks import sharded_modules
 from .._ops.copies import Copies
-from .closures import Closure, ClosureError, scalar_loss
+from .closures import CALLED_BACKWARD, Closure, ClosureError, scalar_loss
+from .held import Held, Versions, modules_beside
 from .module_states import ModuleStates
+from .probed import probed
 from .random_streams import RandomStreams
 
 __all__ = ["Isolation", "check_repeatable"]
@@ -24,10 +27,15 @@ class Isolation:
     Inside the ``with`` block gradients are out of the closure's reach; at each :meth:`run` the modules (buffers,
     other attributes, train or eval mode, which parameters require a gradient) and the random-number streams
     (torch's on every initialised device, Python's, NumPy's where it is loaded) start from what they were, so all
-    candidates see the same dropout masks. What the closure owns besides is its own: other modules, generators.
+    candidates see the same dropout masks. The modules that the closure holds beside the model are put back too; the
+    tensors that it holds may not change. What it owns besides is its own: generators, counters.
 
     Args:
         model: the module that is protected, with all its submodules.
+        closure: that is to run; what it holds is found here.
+
+    Attributes:
+        modules: that are protected, inside the ``with`` block.
 
     Example:
         >>> model = nn.BatchNorm1d(2)
@@ -37,25 +45,38 @@ class Isolation:
         0
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, closure: Closure | None = None):
         self._model = model
+        self._closure = closure
 
     def __enter__(self) -> Isolation:
-        modules = list(self._model.modules())
-        self._modules = ModuleStates(modules)
+        own = list(self._model.modules())
+        held, self._needs_gradients = Held(), False
+        if self._closure is not None:
+            known = probed(self._closure)
+            held, self._needs_gradients = known.held(), known.needs_gradients
+        beside = modules_beside(own, held)
+        self.modules = [*own, *beside]
+        self._states = ModuleStates(self.modules)
+        self._versions = Versions(held)
         self._random = RandomStreams()
         parameters = list(self._model.parameters())  # which may hold other than those of the modules
-        self._gradients = [(parameter, parameter.grad) for parameter in parameters]
-        self._frozen = _copies_of_frozen(parameters)
-        for parameter in parameters:
-            parameter.grad = None
-        self._sharded = sharded_modules(modules)
+        others = [each for module in beside for each in module._parameters.values() if each is not None]
+        leaves = [tensor for _, tensor in held.tensors if tensor.requires_grad and tensor.is_leaf]
+        self._gradients = [
+            (leaf, leaf.grad) for leaf in {id(each): each for each in parameters + others + leaves}.values()
+        ]
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        self._frozen = [_copies_of_frozen(each, trained) for each in (parameters, others)]
+        for leaf, _ in self._gradients:
+            leaf.grad = None
+        self._sharded = sharded_modules(self.modules)
         self._reshard()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
+        for leaf, gradient in self._gradients:
+            leaf.grad = gradient
 
     def run(self, closure: Closure, within: AbstractContextManager[Any] | None = None) -> Tensor:
         """Return the closure's loss, which autograd does not record.
@@ -68,25 +89,47 @@ class Isolation:
             The loss, 0-dim.
 
         Raises:
-            ClosureError: if the closure does not return a scalar loss tensor, or calls backward.
+            ClosureError: if the closure does not return a scalar loss tensor, calls backward, or writes to a tensor
+                that it holds.
         """
-        with self.rewound(), torch.no_grad(), within or nullcontext():
-            return scalar_loss(closure)
+        with torch.no_grad(), self.rewound(), within or nullcontext():
+            return scalar_loss(closure).detach()
 
     @contextmanager
-    def rewound(self) -> Iterator[None]:
-        """Put modules, random-number streams and autocast's cache back at the end of the block."""
+    def rewound(self, gradients: bool = False) -> Iterator[None]:
+        """Put modules, random-number streams and autocast's cache back at the end of the block.
+
+        Args:
+            gradients: whether they are on inside, also if the closure does not need them.
+
+        Raises:
+            ClosureError: if the closure called backward, or wrote to a tensor that it holds.
+        """
         # Autocast caches casts by tensor: a cast of one candidate's weights must not serve the next.
         torch.clear_autocast_cache()
         try:
-            yield
+            with self._recording() if gradients or self._needs_gradients else nullcontext():
+                yield
         finally:
             self._random.restore()
             torch.clear_autocast_cache()
-            self._modules.restore()
-            self._frozen.restore()
+            self._states.restore()
+            for copies in self._frozen:
+                copies.restore()
             # A forward without a backward leaves whole parameters behind, and they would serve the next forward.
             self._reshard()
+        if any(leaf.grad is not None for leaf, _ in self._gradients):
+            raise ClosureError(CALLED_BACKWARD)
+        self._versions.check(self.modules)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in self.modules:
+                if isinstance(module, DistributedDataParallel):  # it would wait for a backward that never comes
+                    stack.enter_context(module.no_sync())
+            stack.enter_context(torch.enable_grad())
+            yield
 
     def _reshard(self) -> None:
         """Free the whole parameters that a sharded model gathered for a forward; there are no others to free."""
@@ -94,26 +137,27 @@ class Isolation:
             module.reshard()
 
 
-def _copies_of_frozen(parameters: Sequence[nn.Parameter]) -> Copies:
+def _copies_of_frozen(parameters: Sequence[nn.Parameter], trained: int) -> Copies:
     """Return the values of those that are frozen, as a momentum encoder may change them in the forward.
 
     A model of which little is trained, such as one with adapters, has none and could not afford the copy.
+
+    Args:
+        parameters: of the model, or of modules beside it.
+        trained: elements of the model that are.
     """
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    if not frozen:
-        return Copies([])
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return Copies([] if sum(parameter.numel() for parameter in frozen) > trained else frozen)
 
 
-def check_repeatable(model: nn.Module, closure: Closure) -> None:
-    """Run the closure twice at the same weights.
+def check_repeatable(model: nn.Module, closure: Closure) -> Tensor:
+    """Run the closure twice at the same weights, and return its loss, 0-dim float64.
 
     Raises:
         ClosureError: if the two losses differ: then candidates cannot be compared.
     """
-    with Isolation(model) as isolation:
-        first, second = (isolation.run(closure).double().clone() for _ in range(2))
+    with Isolation(model, closure) as isolation:
+        first, second = [isolation.run(closure).double().clone() for _ in range(2)]
     # Some GPU operations add up in another order each time.
     if not torch.allclose(first, second, rtol=1e-3, atol=0.0, equal_nan=True):
         raise ClosureError(
@@ -122,3 +166,4 @@ def check_repeatable(model: nn.Module, closure: Closure) -> None:
             "`scheduler.loss(lambda: loss_fn(model(x), y))`; a torch.Generator of its own is not put back, so draw "
             "from the global random stream, or outside"
         )
+    return first

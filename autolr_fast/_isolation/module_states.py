@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import is_, methodcaller
 from typing import Any
@@ -14,11 +14,17 @@ from torch import Tensor, nn
 
 from .._ops.copies import Copies
 
-__all__ = ["ModuleStates"]
+__all__ = ["ModuleStates", "tensors_of"]
+
+_LONG = 1000  # entries, beyond which a container of plain values is not looked into
 
 
 class ModuleStates:
     """What the modules of a model held when it was made: attributes, also in containers, and values of tensors.
+
+    A container of more than 1,000 entries, such as a vocabulary, is looked into only if its first entry is a
+    tensor. Of another the length is kept: what was appended to a list, or came new into a dict, is removed. A long
+    set keeps what was added.
 
     Args:
         modules: a model and all its submodules.
@@ -26,16 +32,11 @@ class ModuleStates:
 
     @torch.no_grad()
     def __init__(self, modules: Sequence[nn.Module]):
-        containers: list[Any] = []
-        tensors: dict[int, Tensor] = {}
+        content = _Content()
         for module in modules:
-            attributes = vars(module)
-            containers.append(attributes)
-            if isinstance(module._parameters, dict):  # that of a scripted module is none
-                containers.append(module._parameters)
-            own = [value for name, value in attributes.items() if name not in _TORCHS_OWN]
-            _collect([module._buffers, *own], containers, tensors)
-        self._containers = containers
+            content.add(module)
+        self._containers = containers = content.containers
+        self._long = [(live, len(live)) for live in content.long]
         self._copies = [copy.copy(live) for live in containers]
         self._dicts = [live for live in containers if isinstance(live, dict)]
         self._held = self._lengths(), list(self._keys()), list(self._dict_values())
@@ -45,7 +46,7 @@ class ModuleStates:
             for parameter in module._parameters.values()
             if parameter is not None
         ]
-        self._values = Copies(list(tensors.values()))
+        self._values = Copies(list(content.tensors.values()))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -55,6 +56,9 @@ class ModuleStates:
                 if not _holds_the_same(live, saved):
                     live.clear()
                     live.extend(saved) if isinstance(live, (list, deque)) else live.update(saved)
+        for long, length in self._long:
+            if len(long) > length:
+                _cut(long, length)
         for parameter, flag, address, data in self._parameters:
             if parameter.data_ptr() != address:
                 parameter.data = data
@@ -82,28 +86,75 @@ class ModuleStates:
         return chain.from_iterable(map(methodcaller("values"), self._dicts))
 
 
+def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the tensors of modules: parameters, buffers, and others that can be written to."""
+    content = _Content()
+    parameters: list[Tensor] = []
+    for module in modules:
+        content.add(module)
+        parameters += [parameter for parameter in module._parameters.values() if parameter is not None]
+    return parameters + list(content.tensors.values())
+
+
 _TORCHS_OWN = frozenset(vars(nn.Module()))
 _PLAIN = frozenset({bool, int, float, str, type(None)})  # what most attributes are
 
 
-def _collect(values: Iterable[Any], containers: list[Any], tensors: dict[int, Tensor], depth: int = 4) -> None:
-    """Add what a closure could change in place: containers, those inside of them, and their tensors."""
-    for value in values:
-        if type(value) in _PLAIN:
-            continue
-        inside: Iterable[Any] | None = None
-        if isinstance(value, Tensor):
-            if _is_writable(value):
-                tensors[id(value)] = value
-        elif isinstance(value, (dict, list, deque, set)):
-            containers.append(value)
-            inside = value.values() if isinstance(value, dict) else value
-        elif isinstance(value, tuple):
-            inside = value
-        elif type(value).__name__ == "OrderedDictWrapper":  # the dicts of a scripted module are none
-            inside = value.values()
-        if depth and inside is not None:
-            _collect(inside, containers, tensors, depth - 1)
+class _Content:
+    """What a closure could change in modules: containers, those inside of them, and their tensors.
+
+    Attributes:
+        containers: that are looked into.
+        long: that are not.
+        tensors: by id.
+    """
+
+    def __init__(self) -> None:
+        self.containers: list[Any] = []
+        self.long: list[Any] = []
+        self.tensors: dict[int, Tensor] = {}
+
+    def add(self, module: nn.Module) -> None:
+        attributes = vars(module)
+        self.containers.append(attributes)
+        if isinstance(module._parameters, dict):  # that of a scripted module is none
+            self.containers.append(module._parameters)
+        if isinstance(module._buffers, dict):
+            self.containers.append(module._buffers)
+        self._collect(module._buffers.values())
+        self._collect(value for name, value in attributes.items() if name not in _TORCHS_OWN)
+
+    def _collect(self, values: Iterable[Any], depth: int = 4) -> None:
+        for value in values:
+            if type(value) in _PLAIN:
+                continue
+            inside: Collection[Any] | None = None
+            if isinstance(value, Tensor):
+                if _is_writable(value):
+                    self.tensors[id(value)] = value
+            elif isinstance(value, (dict, list, deque, set, tuple)):
+                inside = value.values() if isinstance(value, dict) else value
+            elif type(value).__name__ == "OrderedDictWrapper":  # the dicts of a scripted module are none
+                inside = value.values()
+            if inside is None:
+                continue
+            is_long = len(inside) > _LONG and not isinstance(next(iter(inside)), Tensor)
+            if isinstance(value, (dict, list, deque, set)):
+                (self.long if is_long else self.containers).append(value)
+            if depth and not is_long:
+                self._collect(inside, depth - 1)
+
+
+def _cut(grown: Any, length: int) -> None:
+    """Remove what was added to a container last."""
+    if isinstance(grown, list):
+        del grown[length:]
+    elif isinstance(grown, dict):
+        for _ in range(len(grown) - length):
+            grown.popitem()
+    elif isinstance(grown, deque):
+        for _ in range(len(grown) - length):
+            grown.pop()
 
 
 def _holds_the_same(live: Any, saved: Any) -> bool:

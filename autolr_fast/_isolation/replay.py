@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from .binding import bound
 from .closures import Closure, scalar_loss
+from .held import Held, Versions, held_by, modules_beside
+from .probed import Probed
 from .random_streams import RandomStreams
 
 __all__ = ["Replay"]
 
 
-class Replay:
+class Replay(Probed):
     """A closure: the mean loss of the micro-batches of one training step, each as it was in training.
 
     Each starts from the random-number streams, the autocast state and the train or eval modes that it started from
@@ -34,7 +36,15 @@ class Replay:
     def add(self, closure: Closure) -> None:
         """Remember a closure, and where everything stands; call it before the closure runs in training."""
         modes = [module.training for module in self._modules]
-        self._parts.append(_Part(bound(closure), RandomStreams(), _autocasts(), self._modules, modes))
+        held = held_by(closure)
+        self._parts.append(
+            _Part(bound(closure), held, Versions(held), RandomStreams(), _autocasts(), self._modules, modes)
+        )
+
+    def check_last(self) -> None:
+        """Raise a ClosureError if the closure that was added last wrote to a tensor that it holds."""
+        part = self._parts[-1]
+        part.versions.check([*self._modules, *modules_beside(self._modules, part.held)])
 
     def drop_last(self) -> None:
         """Forget the closure that was added last."""
@@ -51,11 +61,19 @@ class Replay:
     def __len__(self) -> int:
         return len(self._parts)
 
+    def held(self) -> Held:
+        """Return what the closures can reach."""
+        parts = [part.held for part in self._parts]
+        modules = dict.fromkeys(module for held in parts for module in held.modules)
+        tensors = {id(tensor): (name, tensor) for held in parts for name, tensor in held.tensors}
+        return Held(list(modules), list(tensors.values()))
+
     def __call__(self) -> Tensor:
         losses = []
         for part in self._parts:
             part.rewind()
-            losses.append(part.loss())
+            # Not the graphs of all at once.
+            losses.append(part.loss().detach() if self.needs_gradients else part.loss())
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
@@ -67,6 +85,8 @@ class _Autocast(NamedTuple):
 
 class _Part(NamedTuple):
     closure: Closure
+    held: Held
+    versions: Versions
     streams: RandomStreams
     autocasts: Sequence[_Autocast]
     modules: Sequence[nn.Module]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._isolation import Closure, Replay
+from .._isolation import Closure, ClosureError, Replay
 
 __all__ = ["Losses"]
 
@@ -59,14 +59,27 @@ class Losses:
         """Whether a closure is remembered for a step."""
         return self._replay is not None and len(self._replay) > 0 and step == self._step
 
+    def last_is_finite(self) -> bool:
+        """Whether the loss that came last is finite, of those of the step to come."""
+        return not self._own or bool(self._own[-1].isfinite())
+
     def forget_last(self) -> None:
         """Forget the closure that was remembered last: it raised."""
         if self._replay is not None:
             self._replay.drop_last()
 
     def add(self, loss: Tensor) -> None:
-        """See a loss."""
+        """See a loss.
+
+        Raises:
+            ClosureError: if the closure that is remembered wrote to a tensor that it holds; it is forgotten then.
+        """
         if self._replay is not None and len(self._own) < len(self._replay):
+            try:
+                self._replay.check_last()
+            except ClosureError:
+                self.forget_last()
+                raise
             self._own.append(loss.detach().clone().reshape(()))
         if loss.is_cpu:
             value = loss.item()
