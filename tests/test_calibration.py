@@ -1,30 +1,37 @@
 import copy
 import math
-import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autolr_fast import FACTORS_2, FACTORS_3, FACTORS_7, AutoLR, Rule
+from autolr_fast import FACTORS_2, AutoLR, Rule
 from autolr_fast._calibration import start_ratio
-from autolr_fast._calibration.search import search, search_again
-from autolr_fast._evaluators import Look
-from autolr_fast._optimizers import Optimizers
 from benchmarks.models import CharacterTransformer
 
-from .helpers import assert_same, between, everything, losses_of_copies, problem, raise_rate, sgd, train_step
+from .helpers import (
+    assert_same,
+    between,
+    everything,
+    losses_of_copies,
+    parameters_of,
+    problem,
+    raise_rate,
+    sgd,
+    train_step,
+)
 
 
 @pytest.mark.parametrize("lr0", [1e-5, 1e-2, 10.0])
 def test_calibration_finds_the_same_rate_from_anywhere(lr0):
     """On a quadratic with curvature 1 the best rate along a gradient step is 1: the loss there is 0."""
-    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))})
+    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([33.0, -22.0], dtype=torch.float64))})
     optimizer = sgd(model, lr=lr0)
+    best = torch.tensor([30.0, -20.0])
 
     def loss_of(model):
-        return model["w"].square().sum() / 2
+        return (model["w"] - best).square().sum() / 2
 
     scheduler = AutoLR(optimizer, model, calibration_steps=1, probe_every_steps=None)
     start = model["w"].detach().clone()
@@ -34,23 +41,26 @@ def test_calibration_finds_the_same_rate_from_anywhere(lr0):
     rate = lr0 * probe.factor.item()
     assert rate == pytest.approx(1)
     # the first step was taken again at that rate, and the next ones start at a third of it
-    torch.testing.assert_close(model["w"].detach(), start * (1 - rate))
+    torch.testing.assert_close(model["w"].detach(), start + rate * (best - start))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rate / 3)
     assert 1 < probe.rounds < 13
-    assert probe.factors[0] / probe.factors[1] == pytest.approx(FACTORS_2[0] / FACTORS_2[1])
+    assert probe.factors[0] == 0  # where the step began
+    assert probe.losses[0] == 6.5
+    assert dict(zip(probe.factors, probe.losses.tolist(), strict=True))[probe.factor.item()] == pytest.approx(0)
     assert probe.lr_before == [lr0]
 
 
 @pytest.mark.parametrize("lr0", [1e-5, 1e-2, 10.0])
 def test_two_candidates_find_it_too(lr0):
     """They never say that they are close, only on which side: the best rate here is 1."""
-    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))})
+    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([33.0, -22.0], dtype=torch.float64))})
     optimizer = sgd(model, lr=lr0)
     scheduler = AutoLR(
         optimizer, model, calibration_steps=1, probe_every_steps=None, rule=Rule(factors=(1.5, 1 / 1.5))
     )
-    train_step(model, optimizer, lambda model: model["w"].square().sum() / 2)
-    scheduler.step(lambda: model["w"].square().sum() / 2)
+    loss_of = lambda model: (model["w"] - torch.tensor([30.0, -20.0])).square().sum() / 2  # noqa: E731
+    train_step(model, optimizer, loss_of)
+    scheduler.step(lambda: loss_of(model))
     assert lr0 * scheduler.last_probe.factor.item() == pytest.approx(1)
     assert scheduler.last_probe.rounds < 13
 
@@ -79,9 +89,9 @@ def test_momentum_lowers_the_calibrated_level():
         rates[momentum] = scheduler.level[0]
     assert rates[0.9] == pytest.approx(rates[0.0] * 3 * 0.1, rel=1e-4)
     adam, rmsprop = torch.optim.Adam(model.parameters()), torch.optim.RMSprop(model.parameters(), momentum=0.9)
-    assert start_ratio(Optimizers(adam), began_warm=False) == 1 / 3
-    assert start_ratio(Optimizers(rmsprop), began_warm=False) == 1 / 3
-    assert start_ratio(Optimizers([adam, optimizer]), began_warm=False) == pytest.approx(0.1)
+    assert start_ratio(adam.param_groups) == start_ratio(rmsprop.param_groups) == 1 / 3
+    assert start_ratio([*adam.param_groups, *optimizer.param_groups]) == pytest.approx(0.1)
+    assert start_ratio(optimizer.param_groups, began_warm=True) == 1
 
 
 def test_a_warm_momentum_buffer_needs_no_lower_level():
@@ -125,9 +135,9 @@ def test_calibration_stays_inside_the_limits():
     scheduler = AutoLR(optimizer, model, calibration_steps=1, lr_limits=(1e-12, 2e-3))
     train_step(model, optimizer, loss_of)
     scheduler.step(lambda: loss_of(model))
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 / 3)
-    assert 1e-3 * scheduler.last_probe.factor.item() == pytest.approx(2e-3)
-    assert scheduler.last_probe.rounds < 10
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3)
+    assert scheduler.last_probe.retaken == pytest.approx(2)
+    assert scheduler.last_probe.factor > 100
 
 
 def test_calibration_of_a_loss_that_is_never_finite_waits():
@@ -136,7 +146,7 @@ def test_calibration_of_a_loss_that_is_never_finite_waits():
     scheduler = AutoLR(optimizer, model, calibration_steps=5, evaluator="inplace")
     train_step(model, optimizer, loss_of)
     before = everything(model, optimizer)
-    with pytest.warns(UserWarning, match="could not calibrate.*first batch"):
+    with pytest.warns(UserWarning, match="could not calibrate.*was nan before the step: check the batch"):
         scheduler.step(lambda: loss_of(model) * math.nan)
     assert_same(before, everything(model, optimizer))
     assert optimizer.param_groups[0]["lr"] == 1e-3
@@ -147,18 +157,18 @@ def test_calibration_of_a_loss_that_is_never_finite_waits():
 
 
 def test_calibration_next_to_where_no_loss_is_finite():
-    """That the last look saw nothing finite does not take away what the others saw; the best rate here is 1."""
-    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([1.0], dtype=torch.float64))})
+    """The best rate here is 1."""
+    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([10.0], dtype=torch.float64))})
     optimizer = sgd(model, lr=1.0)
 
     def loss_of(model):
-        loss = 100 + model["w"].square().sum() / 2  # it rises too little to be no noise, and then too far
-        return torch.where(model["w"].abs().max() > 1.2, math.inf, loss)
+        loss = 100 + (model["w"] - 9).square().sum() / 2  # it rises too little to be no noise, and then too far
+        return torch.where((model["w"] - 9).abs().max() > 1.2, math.inf, loss)
 
     scheduler = AutoLR(optimizer, model, calibration_steps=1, probe_every_steps=None, evaluator="inplace")
     train_step(model, optimizer, loss_of)
     scheduler.step(lambda: loss_of(model))
-    assert not scheduler.last_probe.losses.isfinite().any()
+    assert not scheduler.last_probe.losses.isfinite().all()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 3)
 
 
@@ -208,130 +218,6 @@ def test_what_is_hard_on_a_first_step_is_calibrated_all_the_same(case, lr0):
     assert 0.2 < scheduler.level[0] < 1.0
 
 
-def look_at(loss_of, precision=1e-12):
-    """Return a look at a function of the ratio, and the list of the candidates that it is asked about."""
-    asked = []
-
-    def look(ratios):
-        asked.append(ratios)
-        losses = torch.tensor([loss_of(ratio) for ratio in ratios], dtype=torch.float64)
-        return Look(ratios, losses, losses, precision)
-
-    return look, asked
-
-
-@pytest.mark.parametrize("factors", [FACTORS_2, FACTORS_3, FACTORS_7, (4.0, 1.3, 0.3)])
-@pytest.mark.parametrize("best", [1e-6, 0.3, 0.8, 1.0, 1.3, 40.0, 1e5])
-def test_search_finds_where_the_loss_is_lowest(best, factors):
-    """A parabola is met exactly, from wherever it starts."""
-    look, asked = look_at(lambda ratio: (ratio / best - 1) ** 2)
-    ratio, _, rounds, flat, *_ = search(look, factors, 1e-9, 1e9)
-    assert ratio == pytest.approx(best, rel=1e-6)
-    assert asked[0] == factors
-    assert len(asked) == rounds <= 12
-    assert not flat
-
-
-@pytest.mark.parametrize("ruined", [math.inf, math.nan])
-def test_search_comes_down_from_where_no_loss_is_finite(ruined):
-    look, _ = look_at(lambda ratio: (ratio / 1e-6 - 1) ** 2 if ratio < 1e-4 else ruined)
-    assert search(look, FACTORS_2, 1e-9, 1e9).ratio == pytest.approx(1e-6, rel=1e-6)
-
-
-@pytest.mark.parametrize("best", [1e-7, 1e-2, 1e2, 1e7])
-def test_search_leaves_where_all_losses_are_equal(best):
-    """Too low to be seen at first, or so high that the loss has saturated."""
-    look, _ = look_at(lambda ratio: min((ratio / best - 1) ** 2, 4.0), precision=1e-4)
-    ratio, _, rounds, flat, *_ = search(look, FACTORS_2, 1e-9, 1e9)
-    assert ratio == pytest.approx(best, rel=1e-6)
-    assert rounds < 20
-    assert not flat
-
-
-@pytest.mark.parametrize("noise", [1e-6, 1e-4, 3e-3])
-@pytest.mark.parametrize("best", [1.0, 1e2, 1e6])
-def test_search_is_not_held_by_the_noise_of_steps_too_short_to_be_seen(best, noise):
-    """In a forward of 16 bits, most weights do not change at such a step, and some by too much."""
-    found = []
-    for seed in range(40):
-        look, _ = look_at(
-            lambda ratio, seed=seed: (
-                (2 + (ratio / best - 1) ** 2) * random.Random(f"{seed} {ratio}").uniform(1 - noise, 1)
-            )
-        )
-        found.append(search(look, FACTORS_2, 1e-9, 1e9).ratio / best)
-    assert min(found) > 0.7
-    assert max(found) < 1.5
-
-
-@pytest.mark.parametrize("best", [3.0, 1e4])
-def test_search_of_losses_of_eight_bits_ends_in_their_flat_bottom(best):
-    """Many are equal, and below, where steps are too short, one is off by a bit here and there."""
-    for seed in range(40):
-
-        def loss_of(ratio, seed=seed):
-            off = random.Random(f"{seed} {ratio}").uniform(-1, 1) if ratio < best / 1000 else 0
-            return round(128 * (2 + (ratio / best - 1) ** 2) + off) / 128
-
-        look, _ = look_at(loss_of, precision=2**-9)
-        ratio, _, rounds, flat, *_ = search(look, FACTORS_2, 1e-9, 1e9)
-        assert ratio == pytest.approx(best, rel=0.25)
-        assert rounds < 20
-        assert not flat
-
-
-def test_search_does_not_drift_down_where_all_is_equal():
-    look, _ = look_at(lambda ratio: 2.1 if ratio > 1.2 else 2.0)
-    assert 0.5 < search(look, FACTORS_2, 1e-9, 1e9).ratio < 1.5
-
-
-@pytest.mark.parametrize("ruined", [math.inf, math.nan])
-def test_search_next_to_where_no_loss_is_finite(ruined):
-    look, _ = look_at(lambda ratio: (ratio / 100 - 1) ** 2 if ratio < 90 else ruined)
-    assert 60 < search(look, FACTORS_2, 1e-9, 1e9).ratio < 90
-
-
-def test_search_gives_up_where_there_is_nothing_to_find():
-    constant, asked = look_at(lambda ratio: 2.0)
-    found = search(constant, FACTORS_2, 1e-9, 1e9)
-    assert found.is_flat
-    assert found.rounds < 15
-    assert max(map(max, asked)) >= 1e9
-    assert min(map(min, asked)) <= 1e-9
-    ruined, _ = look_at(lambda ratio: math.nan)
-    found = search(ruined, FACTORS_2, 1e-9, 1e9)
-    assert not found.is_flat
-    assert found.rounds < 20
-
-
-def test_search_stays_inside_the_limits():
-    falling, _ = look_at(lambda ratio: -math.log(ratio))
-    assert search(falling, FACTORS_2, 1e-9, 5.0).ratio == 5.0
-    rising, _ = look_at(math.log)
-    assert search(rising, FACTORS_2, 0.2, 1e9).ratio == 0.2
-    just_inside, _ = look_at(lambda ratio: (ratio / 4.9 - 1) ** 2)
-    assert search(just_inside, FACTORS_2, 1e-9, 5.0).ratio == pytest.approx(4.9)
-    just_outside, _ = look_at(lambda ratio: (ratio / 5.1 - 1) ** 2)
-    assert search(just_outside, FACTORS_2, 1e-9, 5.0).ratio == 5.0
-
-
-def test_search_ends_where_the_loss_falls_for_ever():
-    falling, _ = look_at(lambda ratio: -math.log(ratio))
-    assert search(falling, FACTORS_2, 1e-9, 1e300).rounds == 80
-
-
-@pytest.mark.parametrize("factors", [(2.0, 1.0), (1.5,), (1.0, 0.5), (0.5,), (1.0,)])
-def test_search_with_candidates_on_one_side(factors):
-    """They go that way, as far as it gets better, and the search ends."""
-    look, _ = look_at(lambda ratio: (ratio / 100 - 1) ** 2)
-    found = search(look, factors, 1e-9, 1e9)
-    assert found.rounds < 20
-    if factors[0] > 1:
-        assert found.ratio == pytest.approx(100, rel=0.5)
-    else:
-        assert found.ratio == 1.0 or found.ratio == factors[0]
-
-
 def test_a_start_where_the_loss_has_saturated_is_calibrated():
     """The loss of weights far away is 1 to the last bit; the best are 1."""
     model = nn.Linear(2, 1, bias=False)
@@ -346,79 +232,6 @@ def test_a_start_where_the_loss_has_saturated_is_calibrated():
     scheduler.step(lambda: loss_of(model))
     assert 0.9 < model.weight[0, 0] < 1.1
     assert scheduler.level[0] == pytest.approx(model.weight[0, 0].item() / 3)
-
-
-@pytest.mark.parametrize(
-    ("losses", "precision", "flat"),
-    [
-        ([1.0, 1.0, 1.0], 1e-7, True),
-        ([1.0, 1.0 + 1e-7, 1.0], 1e-7, True),
-        ([1.0, 1.0 + 1e-6, 1.0], 1e-7, False),
-        ([1.0, 1.01, 1.0], 2**-7, True),
-        ([1.0, math.inf, 1.0], 1e-7, False),
-        ([math.nan] * 3, 1e-7, False),
-        ([math.inf] * 3, 1e-7, False),
-        ([0.0, 0.0, 0.0], 1e-7, True),
-    ],
-)
-def test_losses_too_close_to_tell(losses, precision, flat):
-    def look(ratios):
-        seen = torch.tensor(losses, dtype=torch.float64)
-        return Look(ratios, seen, seen, precision)
-
-    assert search(look, FACTORS_3, 1e-9, 1e9).is_flat is flat
-
-
-def again(loss_at, loss, before):
-    """Search again along steps; return what was found, and at how many factors was looked."""
-    factors = []
-
-    def look(some):
-        factors.extend(some)
-        losses = torch.tensor([loss_at(factor) for factor in some], dtype=torch.float64)
-        return Look(some, losses, losses, precision=1e-7)
-
-    return search_again(look, FACTORS_2, loss, before), len(factors)
-
-
-def test_steps_after_which_the_loss_is_four_times_as_high_had_better_been_shorter():
-    found, _ = again(lambda ratio: 1 + 100 * (ratio - 0.1) ** 2, 82.0, 1.5)
-    assert found.ratio == pytest.approx(0.1)
-    assert found.cost < 1.1
-
-
-def test_where_the_steps_began_is_not_looked_at_if_it_is_known():
-    look, asked = look_at(lambda ratio: 1 + 100 * (ratio - 0.1) ** 2)
-    assert search_again(look, FACTORS_2, 82.0, 1.5, began=2.0).ratio == pytest.approx(0.1)
-    assert asked[0] == (1.0,)
-    for began in (50.0, math.inf, math.nan):  # then these steps did no harm, or cannot be compared
-        assert search_again(look, FACTORS_2, 82.0, 1.5, began=began) is None
-
-
-def test_a_negative_loss_blows_up_by_its_size():
-    assert again(lambda ratio: 3.1 * ratio - 1, 2.1, -1.0)[0].ratio == 1e-3
-    assert again(lambda ratio: 2.9 * ratio - 1, 1.9, -1.0) == (None, 0)
-
-
-def test_where_no_shorter_steps_help_they_are_undone():
-    """What is nearest to where they ended may be better the longer it is."""
-    found, _ = again(lambda ratio: 1 + 100 * min(ratio, 0.1) - 0.5 * ratio, 10.5, 1.0)
-    assert found.ratio == 1e-3
-    assert found.cost < 1.2
-
-
-@pytest.mark.parametrize(
-    ("loss_at", "loss", "before", "looked"),
-    [
-        (lambda ratio: 3.9, 3.9, 1.0, 0),  # not as much
-        (lambda ratio: 2 + 4 * ratio, 6.0, 1.0, 2),  # another batch had a lower loss
-        (lambda ratio: 1 + 99 * (ratio > 1), 100.0, 1.0, 2),  # only further steps would have done harm
-        (lambda ratio: 5.0, 5.0, math.inf, 0),  # nothing known from before
-        (lambda ratio: math.nan, math.nan, 1.0, 2),  # nor is it finite where they began
-    ],
-)
-def test_steps_that_did_no_harm_stay(loss_at, loss, before, looked):
-    assert again(loss_at, loss, before) == (None, looked)
 
 
 BUILDS = {
@@ -446,16 +259,16 @@ def test_steps_that_blow_the_loss_up_are_taken_again(build, at, window):
     for _ in range(at - 1):
         train()
         scheduler.step(lambda: loss_of(model))
-        lowest = min(lowest, *scheduler.last_probe.losses[:1].tolist())
+        lowest = min(lowest, loss_of(model).item())
     assert scheduler.state_dict()["calibration"]["lowest_cost"] == pytest.approx(lowest, rel=0.2)
     level = scheduler.level[0]
-    raise_rate(scheduler, 300)
+    raise_rate(scheduler, 2000)
     train()
     blown, loss = [parameter.detach().clone() for parameter in model.parameters()], loss_of(model).item()
     scheduler.step(lambda: loss_of(model))
     ratio, start = scheduler.last_probe.factor.item(), history[at - min(window, at)]
     assert scheduler.last_probe.rounds > 1
-    assert ratio < 0.2
+    assert ratio < 0.1
     assert scheduler.level[0] == pytest.approx(level / 2)
     assert loss_of(model).item() < loss / 4
     for old, new, parameter in zip(start, blown, model.parameters(), strict=True):
@@ -530,7 +343,8 @@ def test_a_closure_that_raises_while_steps_are_taken_again_loses_nothing(raise_a
     assert str(scheduler.state_dict()) == str(twins_scheduler.state_dict())
 
 
-def test_what_was_unfrozen_since_the_steps_began_keeps_its_own():
+def test_the_first_step_of_what_was_unfrozen_is_looked_at_alone():
+    """And taken again with it, where a line over two steps would leave it as it is."""
     model, loss_of = problem("mlp")
     model[0].requires_grad_(False)
     optimizer = sgd(model)
@@ -539,13 +353,16 @@ def test_what_was_unfrozen_since_the_steps_began_keeps_its_own():
         train_step(model, optimizer, loss_of)
         scheduler.step(lambda: loss_of(model))
     model[0].requires_grad_(True)
-    raise_rate(scheduler, 300)
+    raise_rate(scheduler, 3000)
+    before = parameters_of(model)
     train_step(model, optimizer, loss_of)
-    own, taken = model[0].weight.detach().clone(), model[2].weight.detach().clone()
+    ended = parameters_of(model)
     scheduler.step(lambda: loss_of(model))
-    assert scheduler.last_probe.rounds > 1
-    assert torch.equal(model[0].weight, own)
-    assert not torch.equal(model[2].weight, taken)
+    probe = scheduler.last_probe
+    assert (probe.window, probe.retaken < 0.1) == (1, True)
+    for name, parameter in model.named_parameters():
+        expected = between(before[name], ended[name], probe.retaken)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-3, atol=1e-4)
     train_step(model, optimizer, loss_of)
     scheduler.step(lambda: loss_of(model))
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .._evaluators.prober import Look
-from .._optimizers import Optimizers
-from .search import Found, LookAt, search, search_again
+from .search import Found, LookAt, has_blown_up, search, search_again
 
 __all__ = ["Calibration", "start_ratio"]
 
@@ -22,7 +21,7 @@ class Calibration:
 
     Args:
         steps: optimizer steps that are calibrated, the first of the training; 0 for none.
-        factors: of the candidates of a search.
+        factors: of a probe: a search looks at as many candidates at once.
 
     Attributes:
         steps: as given.
@@ -30,7 +29,7 @@ class Calibration:
 
     def __init__(self, steps: int, factors: Sequence[float]):
         self.steps = steps
-        self._factors = factors
+        self._at_once = len(factors)
         self._found = steps == 0
         self._lowest_cost = math.inf  # that a calibrated step ended at
 
@@ -38,46 +37,47 @@ class Calibration:
         """Whether the probe after ``step`` optimizer steps searches for the first level."""
         return not self._found and step <= self.steps
 
-    def find_first(self, look: LookAt, lowest: float, highest: float, window: int = 0) -> Found:
-        """Search the first step for the scale where the loss is lowest; once one is found, that was all.
+    @property
+    def has_found(self) -> bool:
+        """Whether a first step was searched, so that the rates the optimizer began with mean nothing any more."""
+        return self._found and self.steps > 0
+
+    def find_first(self, look: LookAt, step: float, begin: float, highest: float) -> Found:
+        """Search the first step for the scale where the loss is lowest; once it has one, or has none, that was all.
 
         Args:
             look: at the candidates of that step.
-            lowest: smallest ratio to the step that was taken.
-            highest: largest ratio.
-            window: steps that the line spans; of one, the cost before it may be known.
+            step: length of that step.
+            begin: length of the parameters where it began.
+            highest: largest ratio at which it may be taken.
         """
-        found = search(look, self._factors, lowest, highest)
-        before = _before_the_last(found.seen) if window == 1 else math.nan
-        if found.cost >= before - found.seen.precision * abs(before):
-            found = found._replace(is_uphill=True)
-        if not found.why_not:
+        found = search(look, self._at_once, step, begin, highest)
+        if found.is_endless or not found.why_not:
             self._found = True
             self._lowest_cost = found.cost
         return found
 
-    def find_again(self, look: LookAt, seen: Look, cost: Tensor, step: int, window: int) -> Found | None:
+    def find_for_groups(self, look: LookAt, step: float, begin: float, highest: float) -> Found:
+        """Search the first step of groups that came later, along their part of it; arguments as above."""
+        return search(look, self._at_once, step, begin, highest)
+
+    def find_again(self, look: LookAt, seen: Look, cost: Tensor, window: int) -> Found | None:
         """Find how long the last steps had better been, if the loss blew up in them; see :func:`search_again`.
 
         Args:
             look: at the candidates of these steps.
             seen: the last look.
             cost: 0-dim, about where the steps ended; it is read back, in the first steps alone.
-            step: optimizer steps done.
-            window: of these, how many were the last ones.
+            window: how many steps these are.
 
         Returns:
-            ``None`` if the step is none of the first, or the loss did not blow up.
+            ``None`` if the loss did not blow up.
         """
-        if step > self.steps:
-            return None
         ended = cost.item()
-        own = _before_the_last(seen)
-        if math.isnan(own):
-            found = search_again(look, self._factors, ended, self._lowest_cost)
-        else:
-            began = own if window == 1 else None
-            found = search_again(look, self._factors, ended, min(self._lowest_cost, own), began)
+        own = math.nan if seen.training is None else seen.training.own.item()  # of the batch, before the last step
+        did_no_harm = window == 1 and math.isfinite(own) and not has_blown_up(ended, own)
+        before = self._lowest_cost if math.isnan(own) else min(self._lowest_cost, own)
+        found = None if did_no_harm else search_again(look, ended, before)
         self._lowest_cost = min(self._lowest_cost, ended if found is None else found.cost)
         return found
 
@@ -90,13 +90,8 @@ class Calibration:
         self._found, self._lowest_cost = state["found"], state["lowest_cost"]
 
 
-def _before_the_last(seen: Look) -> float:
-    """Return the cost of the batch before the last step; not a number, to which nothing compares, if unknown."""
-    return math.nan if seen.training is None else seen.training.own.item()
-
-
-def start_ratio(optimizers: Optimizers, began_warm: bool) -> float:
-    """Return the level to go on at after the first step, in units of the rate that suits that step.
+def start_ratio(groups: Iterable[Mapping[str, Any]], began_warm: bool = False) -> float:
+    """Return the rate to go on at after the first step, in units of the rate that suits that step.
 
     What suits the first step is too much for the next ones: its loss is the easiest to lower. A start too high may
     lose the network; one too low is made good by the next probes. With SGD's momentum, whose buffer is empty at
@@ -104,8 +99,8 @@ def start_ratio(optimizers: Optimizers, began_warm: bool) -> float:
     first steps.
 
     Args:
-        optimizers: SGD has ``dampening``, and others with a momentum have not.
+        groups: param groups; SGD's have ``dampening``, and those of others with a momentum have not.
         began_warm: whether the buffers held something before that step, as they do in a training that goes on.
     """
-    momenta = [group["momentum"] for group in optimizers.param_groups if "dampening" in group]
+    momenta = [group["momentum"] for group in groups if "dampening" in group]
     return 1.0 if began_warm else min(_CAUTION, 1.0 - max(momenta, default=0.0))

@@ -3,110 +3,111 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from .._evaluators.prober import Look
 
-__all__ = ["Found", "LookAt", "search", "search_again"]
+__all__ = ["Found", "LookAt", "has_blown_up", "search", "search_again"]
 
 LookAt = Callable[[Sequence[float]], Look]
 """From ratios to the step that was taken to what these candidates say."""
 
-_MAX_ROUNDS = 80  # about 10 are needed for six decades
-_WIDEST = 8  # power of the factors
-_NOISE = 0.02  # of a loss: what rounding in a forward of 16 bits makes, at most
-_SHORTEST = 1e-3  # of steps that are taken again: next to where they began
+_STRIDE = 4.0  # from one ratio of the scan to the next
+_SCANNED = range(-10, 4)  # powers of it, times the longest: eight decades
+_FURTHEST = 12  # power up to which the scan goes on while the loss still falls
+_UNSEEN = 3  # of the shortest steps: what they change the loss by is noise
+_CLEAR = 3.0  # times that noise is a fall, and
+_LEAST = 1e-5  # of the loss
+_LONGEST = 0.125  # of the parameters' length: networks want first steps of 0.01 to 0.2, and longer ones forget
+_DEEP = 0.5  # of the deepest fall up to there: a nearer minimum that is as deep is preferred
+_LEVEL = 1.1  # times the fall so far, that a step four times as long has to reach: else the loss has levelled off
+_NEARLY = 0.995  # of the deepest fall: a shorter step that wins as much is preferred
+_WIDTHS = (2.0, 2.0**0.5)  # how far around the best is looked then
 _BLOWN_UP = 4  # times as high a loss
+_SHORTENED = range(-5, 0)  # powers of the stride, of steps that are taken again
 
 
 class Found(NamedTuple):
     """Where a search ended.
 
     Attributes:
-        ratio: to the step that was taken.
-        seen: the last look.
+        ratio: to the step that was taken, where the loss is lowest.
+        taken: ratio at which the step is to be taken: 0 undoes it, 1 leaves it as it is.
+        cost: there.
+        factors: all ratios that were looked at, in order.
+        losses: at these.
         rounds: looks in all.
-        is_flat: whether all losses were the same.
-        cost: the lowest that was seen, infinite if none was finite.
-        is_uphill: whether that is not below where the step began.
+        why_not: why no ratio was found; empty if one was.
+        is_endless: whether that is because the loss has no minimum.
     """
 
     ratio: float
-    seen: Look
-    rounds: int
-    is_flat: bool
+    taken: float
     cost: float
-    is_uphill: bool = False
-
-    @property
-    def why_not(self) -> str:
-        """Why nothing was found; empty if something was."""
-        if self.is_flat:
-            return (
-                "all candidates have the same loss. Either the step is below the precision of the loss: start from "
-                "a higher learning rate. Or the closure returns a loss that was computed before: call the model "
-                "inside, as in scheduler.loss(lambda: loss_fn(model(x), y))"
-            )
-        if self.cost == math.inf:
-            return "the loss was not finite at any scale of the step. Check the first batch and the loss"
-        return "no scale of the step lowers the loss of its batch" * self.is_uphill
+    factors: Sequence[float]
+    losses: Sequence[float]
+    rounds: int
+    why_not: str = ""
+    is_endless: bool = False
 
 
-def search(look: LookAt, factors: Sequence[float], lowest: float, highest: float) -> Found:
-    """Go to the best candidate seen until none is better: a pattern search over the logarithm of the ratio.
+def search(look: LookAt, at_once: int, step: float, begin: float, highest: float = math.inf) -> Found:
+    """Scan all lengths that a step may have, and look closer at the nearest deep minimum.
 
-    The candidates lie further apart each round while the best one is at the edge of what was seen, and closer and
-    closer around it otherwise. Where between its neighbours the best ratio lies, a parabola through their losses
-    tells, which is exact for a quadratic loss. The search ends only where the loss has risen further up: below,
-    steps may be too short for the precision of the forward, and each loss as good as the next.
+    The scan begins where steps are too short to be seen, and ends where they are eight times as long as the
+    parameters themselves: where it looks does not depend on the step that was taken. A loss that levels off counts
+    as one that rises. A loss that falls for as far as is looked has no minimum. No step is longer than an eighth of
+    the parameters; of several minima up to there, the nearest one is taken that is half as deep as the deepest.
 
     Args:
-        look: from ratios to what these candidates say.
-        factors: the candidates of a round are ``ratio * factors ** power``.
-        lowest: smallest ratio.
-        highest: largest ratio.
+        look: from ratios to what these candidates say; 0 is where the step began.
+        at_once: candidates of a look.
+        step: length of the step that was taken.
+        begin: length of the parameters where it began; where that is 0, any step is short enough.
+        highest: largest ratio at which the step may be taken.
 
     Example:
         >>> import torch
         >>> def look(ratios):  # the best ratio is 8000
         ...     losses = torch.tensor([(ratio / 8000 - 1) ** 2 for ratio in ratios])
         ...     return Look(ratios, losses, costs=losses, precision=1e-7)
-        >>> found = search(look, (2.0, 0.5), 1e-6, 1e6)
+        >>> found = search(look, at_once=2, step=1e-5, begin=1.0)
         >>> round(found.ratio), found.rounds
-        (8000, 7)
+        (8000, 11)
     """
-    widest = max(factors)
-    known: dict[float, float] = {}  # ratio -> its cost
-    ratio = centre = 1.0  # where is looked, and where the best was
-    power = leap = rounds = 1
-    while True:
-        seen = look(tuple(ratio * factor**power for factor in factors))
-        costs = (cost if math.isfinite(cost) else math.inf for cost in seen.costs.tolist())
-        known.update(zip(seen.factors, costs, strict=True))
-        best = _best(known)
-        is_flat = _are_equal(known.values(), seen.precision)
-        if rounds == _MAX_ROUNDS:
-            break
-        if not is_flat and best != centre and lowest <= best <= highest:  # better: go on from there
-            power = min(2 * power, _WIDEST) if best in (min(known), max(known)) else max(power // 2, 1)
-            ratio = centre = best
-        elif not is_flat and ratio == centre and power > 1:  # no better: look closer
-            power //= 2
-        elif widest > 1 and max(known) < highest and not _has_risen(known, best):  # it may be, further up
-            ratio, power = max(known) * widest ** (3 * leap), leap
-            leap = min(2 * leap, _WIDEST // 2)
-        elif widest > 1 and is_flat and min(known) > lowest:  # or further down, if the loss has saturated
-            ratio, power = min(known) / widest ** (3 * leap), leap
-        else:
-            break
-        rounds += 1
-    return Found(min(max(_vertex(known, best), lowest), highest), seen, rounds, is_flat, known[best])
+    scan = _Scan(look, at_once)
+    has_length = 0 < step < math.inf
+    unit = _LONGEST * (begin or 1.0) / step if has_length else 1.0
+    scan.at([0.0, *(unit * _STRIDE**power for power in _SCANNED)] if has_length else [0.0, 1.0])
+    if has_length and math.isfinite(scan.began):
+        scan.widen(unit)
+    longest = unit if begin and has_length else math.inf
+    best = scan.nearest_minimum(up_to=longest)
+    is_endless = math.isfinite(scan.began) and scan.falls_to_the_end()
+    why_not = ""
+    if not math.isfinite(scan.began):
+        why_not = f"the loss was {scan.loss(0.0)} before the step: check the batch"
+    elif scan.is_flat():
+        why_not = _FLAT
+    elif is_endless:
+        why_not = _ENDLESS
+    elif not scan.fall(best) > scan.noise():
+        why_not = "no scale of the step clearly lowers the loss of its batch"
+    if why_not:
+        scan.at([1.0])
+        stays = scan.cost(1.0) <= scan.began and math.isfinite(step)  # what raised the loss does not
+        taken = 1.0 if stays else 0.0
+        return scan.found(1.0, taken, why_not, is_endless)
+    best = min(scan.closer(best), longest)
+    taken = min(best, highest)
+    if taken not in scan.ratios():
+        scan.at([taken])
+    return scan.found(best, taken if scan.fall(taken) > 0 else scan.lowest(up_to=taken))
 
 
-def search_again(
-    look: LookAt, factors: Sequence[float], cost: float, before: float, began: float | None = None
-) -> Found | None:
+def search_again(look: LookAt, cost: float, before: float) -> Found | None:
     """Find how long the last steps had better been, if the loss blew up in them.
 
     A rate that suits the first step may be far too high for the fifth, and then each step multiplies the loss; no
@@ -114,57 +115,152 @@ def search_again(
 
     Args:
         look: from factors of the steps to what these candidates say.
-        factors: those of the search.
         cost: about where the steps ended: what tells whether to look at all.
         before: the lowest of earlier steps, with other batches.
-        began: where the steps began, with this batch, if it is known.
 
     Returns:
         ``None`` if the loss did not blow up, with this batch, from where the steps began to where they ended, or is
         not finite where they began.
     """
-    if not _has_blown_up(cost, before):
+    if not has_blown_up(cost, before):
         return None
-    if began is None:
-        ended, began = look((1.0, _SHORTEST)).costs.tolist()
-    else:
-        (ended,) = look((1.0,)).costs.tolist()
-    if not (math.isfinite(began) and _has_blown_up(ended, began)):
+    scan = _Scan(look, at_once=2)
+    scan.at([1.0, 0.0])
+    if not (math.isfinite(scan.began) and has_blown_up(scan.cost(1.0), scan.began)):
         return None
-    found = search(look, factors, _SHORTEST, 1.0)
-    best = found if found.cost < began else found._replace(ratio=_SHORTEST, cost=began)
-    return best._replace(rounds=found.rounds + 1)
+    scan.at([_STRIDE**power for power in _SHORTENED])
+    best = scan.lowest()
+    best = scan.closer(best) if best else best
+    return scan.found(best, best)
 
 
-def _has_blown_up(loss: float, before: float) -> bool:
+def has_blown_up(loss: float, before: float) -> bool:
     """Whether a loss is not finite, or four times as high as another (above it by three times its size)."""
     return not loss - before <= (_BLOWN_UP - 1) * abs(before)
 
 
-def _best(known: Mapping[float, float]) -> float:
-    """Return the ratio with the lowest loss; of equals, the least likely to be too low, or too high, to be seen."""
-    return min(known, key=lambda ratio: (known[ratio], ratio if known[ratio] == math.inf else -ratio))
+_FLAT = (
+    "all candidates have the same loss. Either the step is below the precision of the loss: start from a higher "
+    "learning rate. Or the closure returns a loss that was computed before: call the model inside, as in "
+    "scheduler.loss(lambda: loss_fn(model(x), y))"
+)
+_ENDLESS = (
+    "the loss falls for as far as the step can be followed, as that of a policy gradient does. It has no minimum "
+    "that a rate could be found by"
+)
 
 
-def _are_equal(losses: Iterable[float], precision: float) -> bool:
-    """Whether losses are finite and differ by rounding at most: the candidates are too close to each other."""
-    low, high = min(losses), max(losses)
-    return math.isfinite(high) and high - low <= 2 * precision * max(abs(low), abs(high))
+class _Scan:
+    """What a search knows.
 
+    Args:
+        look: from ratios to what these candidates say.
+        at_once: candidates of a look.
 
-def _has_risen(known: Mapping[float, float], best: float) -> bool:
-    """Whether a loss further up is above the lowest by more than noise."""
-    rise = _NOISE * abs(known[best])
-    return any(loss - known[best] > rise for ratio, loss in known.items() if ratio > best)
+    """
+
+    def __init__(self, look: LookAt, at_once: int):
+        self._look = look
+        self._at_once = at_once
+        self._costs: dict[float, float] = {}
+        self._losses: dict[float, float] = {}
+        self._precision = 0.0
+        self._rounds = 0
+
+    def at(self, ratios: Sequence[float]) -> None:
+        """Look at some ratios."""
+        for start in range(0, len(ratios), self._at_once):
+            seen = self._look(tuple(ratios[start : start + self._at_once]))
+            costs = (math.inf if math.isnan(cost) else cost for cost in seen.costs.tolist())
+            self._costs.update(zip(seen.factors, costs, strict=True))
+            self._losses.update(zip(seen.factors, seen.losses.tolist(), strict=True))
+            self._precision = seen.precision
+            self._rounds += 1
+
+    def widen(self, unit: float) -> None:
+        """Go on while the loss still falls."""
+        for power in range(_SCANNED.stop, _FURTHEST):
+            if not self.falls_to_the_end():
+                break
+            self.at([unit * _STRIDE**power])
+
+    def closer(self, best: float) -> float:
+        """Look around the best, and where a parabola through it and its neighbours is lowest; return the best."""
+        for width in _WIDTHS:
+            around = [best / width, best, best * width]
+            self.at([around[0], around[2]])
+            most = max(map(self.fall, around))
+            best = next(ratio for ratio in around if self.fall(ratio) >= _NEARLY * most)
+        vertex = _vertex(self._costs, best)
+        self.at([vertex])
+        return min([best, vertex], key=self.cost)
+
+    def found(self, ratio: float, taken: float, why_not: str = "", is_endless: bool = False) -> Found:
+        """Return that the search ended here."""
+        factors, losses = zip(*sorted(self._losses.items()), strict=True)
+        return Found(ratio, taken, self.cost(taken), factors, losses, self._rounds, why_not, is_endless)
+
+    @property
+    def began(self) -> float:
+        """The cost where the step began."""
+        return self.cost(0.0)
+
+    def cost(self, ratio: float) -> float:
+        """Return the cost at a ratio that was looked at."""
+        return self._costs[ratio]
+
+    def loss(self, ratio: float) -> float:
+        """Return the loss at a ratio that was looked at."""
+        return self._losses[ratio]
+
+    def fall(self, ratio: float) -> float:
+        """Return by how much the cost at a ratio is below where the step began."""
+        return self.began - self.cost(ratio)
+
+    def ratios(self) -> list[float]:
+        """Return the ratios that were looked at, in order, without 0."""
+        return sorted(self._costs.keys() - {0.0})
+
+    def lowest(self, up_to: float = math.inf) -> float:
+        """Return the ratio of the lowest cost; the smallest of several, 0 included."""
+        return min((ratio for ratio in sorted(self._costs) if ratio <= up_to), key=self.cost)
+
+    def nearest_minimum(self, up_to: float = math.inf) -> float:
+        """Return the smallest ratio at which the loss has fallen far, and falls no further for a while."""
+        deepest = self.fall(self.lowest(up_to))
+        ratios = [ratio for ratio in self.ratios() if ratio <= up_to]
+        for ratio, further in pairwise(ratios):
+            if self.fall(ratio) >= _DEEP * deepest and not self.fall(further) > _LEVEL * self.fall(ratio):
+                return ratio
+        return ratios[-1]
+
+    def falls_to_the_end(self) -> bool:
+        """Whether the loss still falls where the scan ended."""
+        last = self.ratios()[-1]
+        if self.cost(self.lowest()) == -math.inf:
+            return True
+        return self.nearest_minimum() == last and self.fall(last) > self.noise()
+
+    def noise(self) -> float:
+        """Return what a fall of the loss has to exceed: steps too short to be seen change the loss by rounding."""
+        unseen = max(abs(self.cost(ratio) - self.began) for ratio in self.ratios()[:_UNSEEN])
+        return max(_CLEAR * unseen, max(2 * self._precision, _LEAST) * abs(self.began))
+
+    def is_flat(self) -> bool:
+        """Whether all losses are finite and differ by rounding at most."""
+        low, high = min(self._costs.values()), max(self._costs.values())
+        return math.isfinite(high) and high - low <= 2 * self._precision * max(abs(low), abs(high))
 
 
 def _vertex(known: Mapping[float, float], best: float) -> float:
-    """Return where a parabola through the lowest loss and its neighbours' is lowest."""
+    """Return where a parabola through the best and its neighbours is lowest, if that is between these."""
     below = max((other for other in known if other < best), default=best)
     above = min((other for other in known if other > best), default=best)
     if best in (below, above):
         return best
     down, up = best - below, above - best
     falls, rises = (known[below] - known[best]) / down, (known[above] - known[best]) / up
-    shift = (falls * up - rises * down) / (2 * (falls + rises)) if falls + rises else 0.0
-    return best + shift if math.isfinite(shift) else best
+    if not falls + rises > 0:
+        return best
+    vertex = best + (falls * up - rises * down) / (2 * (falls + rises))
+    return vertex if below < vertex < above else best

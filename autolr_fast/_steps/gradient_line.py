@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .. import _ops as ops
 from .._isolation import CALLED_BACKWARD, Closure, ClosureError, Isolation, scalar_loss
 from .._machine.ranks import ProcessGroup, is_sharded, mean_over_ranks
 from .._optimizers import Optimizers
+from .lines import squared_length
 
 __all__ = ["GradientLine", "check_not_sharded"]
 
@@ -42,10 +41,8 @@ class GradientLine:
         groups = optimizers.param_groups
         group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
         trained = [parameter for parameter in group_of if parameter.requires_grad]
-        # DistributedDataParallel would wait for a backward() that never comes.
-        alone = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
         # The backward runs before the buffers are put back: it may have saved them.
-        with alone, Isolation(model) as isolation, isolation.rewound(), torch.enable_grad():
+        with Isolation(model, closure) as isolation, isolation.rewound(gradients=True):
             loss = scalar_loss(closure)
             if any(parameter.grad is not None for parameter in trained):
                 raise ClosureError(CALLED_BACKWARD)
@@ -69,6 +66,12 @@ class GradientLine:
         """Write one parameter of one candidate; see :class:`Line`."""
         rate = self._rates[index : index + 1].to(now.device)
         ops.write_gradient_candidate(now, self._gradients[index], rate, factor, out)
+
+    def squares(self) -> Tensor:
+        """Return the squared length of the step, and of the parameters that it begins at: [2] float64."""
+        rates = self._rates.tolist()
+        steps = (rate * gradient for rate, gradient in zip(rates, self._gradients, strict=True))
+        return torch.stack([squared_length(steps), squared_length(each.detach() for each in self.parameters)])
 
 
 def check_not_sharded(model: nn.Module) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .. import _ops as ops
-from .._machine.ranks import local
+from .._machine.ranks import ProcessGroup, local, mean_over_ranks
 
-__all__ = ["Line", "StepLine"]
+__all__ = ["Line", "StepLine", "lengths", "squared_length"]
 
 
 class Line(Protocol):
@@ -59,8 +60,8 @@ class StepLine:
             if now != then:
                 was, is_now = ((list(shape), *kind) for shape, *kind in (then, now))
                 raise RuntimeError(
-                    f"parameter {names[parameter]!r} was {was} before the step and is {is_now} now: move or "
-                    "convert the model before training, not between optimizer.step() and scheduler.step()"
+                    f"parameter {names[parameter]!r} was {was} {window} steps before and is {is_now} now: move or "
+                    "convert the model before training"
                 )
         self.parameters = list(prev)
         self.window = window
@@ -73,3 +74,27 @@ class StepLine:
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
         """Write one parameter of one candidate; see :class:`Line`."""
         ops.write_candidate(self._prev[index], now, factor, out)
+
+    def squares(self) -> Tensor:
+        """Return the squared length of the steps, and of the parameters that they begin at: [2] float64."""
+        live = map(local, self.parameters)
+        steps = (now - before for now, before in zip(live, self._prev, strict=True))
+        return torch.stack([squared_length(steps), squared_length(self._prev)])
+
+
+def squared_length(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the sum of squares of all elements, 0-dim float64 on the first one's device; one after another."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    device = norms[0].device if norms else None
+    return sum((norm.square().to(device) for norm in norms), torch.zeros((), dtype=torch.float64, device=device))
+
+
+def lengths(squares: Tensor, process_group: ProcessGroup | None) -> list[float]:
+    """Return the length of the steps of a line, and of the parameters that they begin at.
+
+    Args:
+        squares: of the line.
+        process_group: the ranks that hold parts of the parameters. Where each holds all, only the ratio is meant.
+    """
+    found: list[float] = mean_over_ranks(squares, process_group).sqrt().tolist()
+    return found
