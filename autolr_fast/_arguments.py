@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
-__all__ = ["check_count", "check_fraction", "check_limits"]
+__all__ = ["check_count", "check_fraction", "check_limits", "is_count", "is_number"]
 
 
-def check_count(name: str, value: object, at_least: int, of: str = "optimizer steps") -> None:
-    """Raise a TypeError or ValueError if a value is not a whole number, or too small."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number, of Python or NumPy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, of Python or NumPy."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: int, at_least: int, of: str = "optimizer steps") -> int:
+    """Return a whole number as Python's; raise a TypeError or ValueError if it is none, or too small."""
+    if not is_count(value):
         raise TypeError(f"{name}={value!r}: expected a whole number of {of}, {at_least} or more")
     if value < at_least:
         raise ValueError(f"{name}={value!r}: expected {at_least} or more {of}")
+    return int(value)
 
 
-def check_fraction(name: str, value: object, of: str) -> None:
-    """Raise a TypeError or ValueError if a value is not a number from 0 to 1."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+def check_fraction(name: str, value: float, of: str) -> float:
+    """Return a number from 0 to 1 as Python's; raise a TypeError or ValueError if it is none."""
+    if not is_number(value):
         raise TypeError(f"{name}={value!r}: expected a fraction of {of}, 0 to 1")
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r}: expected a fraction of {of}, 0 to 1")
+    return float(value)
 
 
 def check_limits(lr_limits: object) -> tuple[float, float]:
@@ -30,8 +43,7 @@ def check_limits(lr_limits: object) -> tuple[float, float]:
         ValueError: if they do not bound anything.
     """
     limits = tuple(lr_limits) if isinstance(lr_limits, (tuple, list)) else ()
-    numbers = len(limits) == 2 and all(isinstance(limit, (int, float)) for limit in limits)
-    if not numbers or not 0 < limits[0] <= limits[1] < math.inf:
+    if len(limits) != 2 or not all(map(is_number, limits)) or not 0 < limits[0] <= limits[1] < math.inf:
         raise ValueError(
             f"lr_limits={lr_limits!r}: give the lowest and the highest learning rate, 0 < lowest <= highest, "
             "both finite"

@@ -78,22 +78,23 @@ class Rule:
         if self.direction not in ("step", "gradient"):
             raise ValueError(f"direction={self.direction!r} is not known: use 'step' or 'gradient'")
         if self.window_steps is not None:
-            _check_windows(self.window_steps)
+            object.__setattr__(self, "window_steps", _check_windows(self.window_steps))
 
     @property
     def unscaled(self) -> int:
         """Index of the factor nearest to 1: of the candidate most like the step as it was taken."""
         return min(range(len(self.factors)), key=lambda n: abs(math.log(self.factors[n])))
 
-    def weigh(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+    def weigh(self, losses: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weigh each factor by the score of its loss, and return the weighted geometric mean.
 
         The source leaves three cases open. A loss that is not finite weighs 0, and ``normalize`` sees the largest
-        finite loss in its place. Without a finite loss the smallest factor is taken. The factor is 1 if all losses
-        are equal, or all weights 0.
+        finite loss in its place. The factor is 1 if all losses are equal, all weights 0, or no loss is finite: that
+        says nothing of the rate, unless the loss before the step was. The smallest factor is taken then.
 
         Args:
             losses: [N] float64, one loss a candidate; lower is better.
+            before: 0-dim, the loss before the step; ``None``, or not a number, if unknown.
 
         Returns:
             ``(weights, factor)`` on the device of ``losses``: weights [N] that sum to 1 (0 if no loss is finite, or
@@ -110,9 +111,10 @@ class Rule:
         spread = losses.new_tensor(self.factors)
         factor = (weights * spread.log()).sum().exp()
 
-        silent = (losses == losses[0]).all() | ~factor.isfinite()
+        silent = (losses == losses[0]).all() | ~factor.isfinite() | ~finite.any()
         factor = torch.where(silent, 1.0, factor)
-        factor = torch.where(finite.any(), factor, spread.amin())
+        if before is not None:
+            factor = torch.where(finite.any() | ~before.isfinite(), factor, spread.amin())
         return torch.nan_to_num(weights), factor
 
 
@@ -171,12 +173,13 @@ def check_factors(factors: Sequence[float]) -> tuple[float, ...]:
     return checked
 
 
-def _check_windows(window_steps: int | Sequence[int]) -> None:
+def _check_windows(window_steps: int | Sequence[int]) -> int | tuple[int, ...]:
+    """Return the windows as Python's numbers."""
     windows = window_steps if isinstance(window_steps, Sequence) else (window_steps,)
     if not windows:
         raise ValueError(f"window_steps={window_steps!r} is empty: give one number of optimizer steps, or several")
-    for count in windows:
-        check_count("window_steps", count, at_least=1)
+    counts = tuple(check_count("window_steps", count, at_least=1) for count in windows)
+    return counts if isinstance(window_steps, Sequence) else counts[0]
 
 
 def _resolve(

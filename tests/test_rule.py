@@ -89,10 +89,15 @@ def test_only_one_finite_loss_decides(normalize):
 
 
 @pytest.mark.parametrize("normalize", sorted(NORMALIZATIONS))
-def test_all_non_finite_takes_the_smallest_factor(normalize):
-    weights, factor = weigh_named([math.nan] * 5, FACTORS_5, normalize)
-    assert factor == 0.125
-    assert weights.tolist() == [0] * 5
+def test_all_non_finite_says_nothing_unless_the_loss_before_was(normalize):
+    losses = torch.full((5,), math.nan, dtype=torch.float64)
+    rule = Rule(FACTORS_5, normalize=normalize)
+    for before, expected in ((None, 1.0), (math.nan, 1.0), (math.inf, 1.0), (2.0, 0.125)):
+        weights, factor = rule.weigh(losses, before if before is None else torch.tensor(before))
+        assert factor == expected
+        assert weights.tolist() == [0] * 5
+    _, factor = rule.weigh(torch.tensor([1.0, *[math.nan] * 4], dtype=torch.float64), torch.tensor(2.0))
+    assert factor == 4  # one loss is enough
 
 
 @pytest.mark.parametrize("normalize", sorted(NORMALIZATIONS))

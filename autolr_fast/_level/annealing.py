@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 
 __all__ = ["ANNEALINGS", "Annealing", "check_multiplier", "resolve_annealing"]
 
@@ -50,7 +51,7 @@ def resolve_annealing(anneal: str | Annealing) -> Annealing:
 
 def check_multiplier(anneal: Annealing, fraction: float, multiplier: object) -> None:
     """Raise a ValueError if what an annealing returned is not a finite number that is not negative."""
-    if not isinstance(multiplier, (int, float)) or not math.isfinite(multiplier) or multiplier < 0:
+    if not isinstance(multiplier, Real) or not math.isfinite(multiplier) or multiplier < 0:
         raise ValueError(
             f"anneal={anneal!r} returned {multiplier!r} at {fraction}: it must return a finite number >= 0"
         )

@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -19,14 +20,16 @@ _SMALL_SHARE = 0.01  # of a GPU's memory
 
 
 def check_max_memory(max_memory: int | None) -> int | None:
-    """Return the argument.
+    """Return the argument, as Python's number.
 
     Raises:
         ValueError: if it is neither a positive whole number of bytes nor ``None``.
     """
-    if max_memory is not None and (type(max_memory) is not int or max_memory <= 0):
+    if max_memory is None:
+        return None
+    if not isinstance(max_memory, Integral) or isinstance(max_memory, bool) or max_memory <= 0:
         raise ValueError(f"max_memory={max_memory!r}: give a positive whole number of bytes, or None")
-    return max_memory
+    return int(max_memory)
 
 
 def free_memory(device: torch.device) -> int:

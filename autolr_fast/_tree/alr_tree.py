@@ -102,7 +102,7 @@ class ALRTree:
         check_model(model)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn={loss_fn!r}: expected a callable, such as torch.nn.functional.cross_entropy")
-        check_count("beams", beams, 1, "models")
+        beams = check_count("beams", beams, 1, "models")
         self.model = model
         self.history: list[Epoch] = []
         self._loss_fn = loss_fn

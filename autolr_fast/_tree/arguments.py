@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._arguments import is_number
 from .._machine.ranks import is_sharded
 
 __all__ = ["batch_size", "check_lrs", "check_model", "short"]
@@ -37,8 +38,7 @@ def check_lrs(lr: float | Sequence[float]) -> list[float]:
     """Return the learning rates, a list also of one; raise a ValueError if they are not positive numbers."""
     given: Any = lr.tolist() if hasattr(lr, "tolist") else lr  # of an array or a tensor
     lrs = list(given) if isinstance(given, (tuple, list)) else [given]
-    are_numbers = all(isinstance(rate, (int, float)) and not isinstance(rate, bool) for rate in lrs)
-    if not (lrs and are_numbers and all(math.isfinite(rate) and rate > 0 for rate in lrs)):
+    if not (lrs and all(map(is_number, lrs)) and all(math.isfinite(rate) and rate > 0 for rate in lrs)):
         raise ValueError(f"lr={lr!r}: expected a positive number, or a list of them")
     return [float(rate) for rate in lrs]
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from .._arguments import is_number
 
 __all__ = ["StackedAdam", "StackedAdamW", "StackedOptimizer", "StackedSGD", "make_optimizer"]
 
@@ -40,11 +43,14 @@ def make_optimizer(name: str, options: Mapping[str, Any] | None) -> StackedOptim
                 f"optimizer_options has {option!r}, which optimizer={name!r} does not know: give any of "
                 f"{', '.join(map(repr, known))}"
             )
-        if option != "betas" and not isinstance(value, (int, float)):
+        if option != "betas" and not isinstance(value, Real):
             raise ValueError(f"optimizer_options has {option}={value!r}: give a number")
         if option in ("momentum", "weight_decay", "eps") and not value >= 0.0:
             raise ValueError(f"optimizer_options has {option}={value!r}: give a number, 0 or more")
-    return kind(**options or {})
+    plain: dict[str, Any] = {
+        name: float(value) if is_number(value) else value for name, value in (options or {}).items()
+    }
+    return kind(**plain)
 
 
 @dataclass
