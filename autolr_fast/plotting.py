@@ -219,7 +219,7 @@ class _Trace(NamedTuple):
 
 def _probes_of(scheduler: AutoLR, group: int) -> list[Probe]:
     """Return the probes that moved a param group; there is one at least."""
-    groups = len(scheduler.base_lrs)
+    groups = len(scheduler.level)
     if not scheduler.history:
         raise ValueError(
             "scheduler.history=[] is empty: train a step first, its loss by scheduler.loss(closure), and call "
@@ -292,7 +292,7 @@ def _shade_bands(axes: Any, scheduler: AutoLR) -> None:
 
 def _draw_line_of(axes: Any, probe: Probe) -> None:
     """Draw the losses that a probe saw over the factors, and the factor that it chose."""
-    seen = sorted(zip(probe.factors, probe.losses.tolist(), strict=True))
+    seen = sorted(pair for pair in zip(probe.factors, probe.losses.tolist(), strict=True) if pair[0] > 0)
     finite = [(factor, loss) for factor, loss in seen if isfinite(loss)]
     others = [factor for factor, loss in seen if not isfinite(loss)]
     chosen = float(probe.factor)

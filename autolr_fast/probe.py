@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = ["History", "Probe"]
 
 _MOST = 2000  # probes of a history
+_SHOWN = 7  # candidates; of more, those alone that count
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -22,7 +23,7 @@ class Probe:
     Attributes:
         step: optimizer steps done when the probe was made.
         window: optimizer steps the line spans; 0 for ``direction="gradient"``.
-        factors: N factors, relative to the step that was taken.
+        factors: N factors, relative to the step that was taken; all that calibration looked at in its search.
         losses: [N] float64, the loss of each candidate, averaged over ranks.
         weights: [N] float64, the normalised scores; they sum to 1 (0 where no loss was finite).
         factor: 0-dim float64, the weighted geometric mean of the factors.
@@ -68,6 +69,7 @@ class Probe:
         seen = ", ".join(
             f"{factor:.4g}: {loss:.4g} ({weight:.0%})"
             for factor, loss, weight in zip(self.factors, self.losses.tolist(), self.weights.tolist(), strict=True)
+            if len(self.factors) <= _SHOWN or weight > 0
         )
         taken = "" if self.retaken is None else f"retaken={self.retaken:.4g}, "
         return (

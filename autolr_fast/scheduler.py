@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ._arguments import check_fraction
 from ._calibration import Calibration, start_ratio
-from ._calibration.search import LookAt
+from ._calibration.search import Found, LookAt
 from ._evaluators import Evaluator, Look, Prober, resolve_evaluator
 from ._isolation import Closure, ClosureError, check_loss
 from ._level import Level
@@ -25,20 +25,33 @@ from ._optimizers import Optimizers
 from ._state import HEADER, complete
 from ._steps import (
     GradientLine,
-    Line,
     Losses,
     ProbeSchedule,
     ProbeTracker,
     Snapshots,
     StepCounter,
+    StepHooks,
+    StepLine,
     candidate_parameters,
     check_not_sharded,
+    lengths,
     windows_for,
 )
 from .probe import History, Probe
 from .rule import FACTORS_3, Rule
 
 __all__ = ["AutoLR"]
+
+_CALIBRATED = 20  # steps
+_LATER_KEYS = (
+    "hooks",
+    "state_weights",
+    "losses",
+    "calibration_steps",
+    "history",
+    "groups",
+    "optimizers",
+)  # of a state
 
 _log = logging.getLogger("autolr_fast")
 
@@ -56,11 +69,12 @@ class AutoLR(LRScheduler):
     a probe every ten steps, a guard, annealing) are what keeps that rule from running away under momentum and Adam.
 
     Args:
-        optimizer: any :class:`torch.optim.Optimizer` but LBFGS, or a list of those that train parts of the model,
-            as ``[muon, adamw]``. All param groups keep their ratios to each other; a group added later keeps its
-            ratio from then on.
+        optimizer: any :class:`torch.optim.Optimizer` whose ``lr`` scales its steps (not LBFGS, Rprop, ASGD), or a
+            list of those that train parts of the model, as ``[muon, adamw]``. All param groups keep their ratios to
+            each other, and a group whose lr is 0 stays there. The first step of a group that is added later is
+            searched as the first step of all was; without calibration the group keeps the ratio it came with.
         model: the module whose parameters the optimizer trains, wrapped or compiled or not. It may hold more: all
-            of it is put back after a probe, so pass ``nn.ModuleList([model, criterion])`` if the loss has buffers.
+            of it is put back after a probe, as are the other modules that a closure can reach.
         total_steps: optimizer steps of the whole training. Without it there is no annealing but ``"plateau"``.
         anneal: ``"cosine"``, ``"linear"``, or a callable from the fraction of training done to a multiplier.
             The multiplier scales the logarithm of each factor too: the level does not climb against annealing.
@@ -72,12 +86,12 @@ class AutoLR(LRScheduler):
         calibration_steps: how many of the first optimizer steps are all probed; 0 for none. The first probe
             searches its step for the scale where the loss is lowest, and takes that step again at the rate found. A
             later one takes the last steps again, shorter, if the loss is four times as high as before. Parameters
-            change at no other time.
+            change at no other time. ``None`` is 20 steps, and none for an optimizer that has trained before.
         guard_probes: the level exceeds its highest so far only while the mean loss of so many probes (fewer at
             first) reaches clear new lows. The loss of a probe is the mean of all that :meth:`loss` returned since
             the probe before. The level is halved if that mean rises clearly. 0 switches the guard off.
         rule: which candidates are looked at, and how their losses make one factor.
-        lr_limits: lowest and highest learning rate of any param group, annealing included.
+        lr_limits: lowest and highest learning rate, annealing included. Each param group is held by them alone.
         micro_batches: ``"last"``: of several calls of :meth:`loss` before an optimizer step, a probe runs the last
             one's closure; ``"all"``: all of them, and takes their mean.
         evaluator: ``"auto"`` (see :class:`~autolr_fast.Auto`), ``"streamed"``, ``"stacked"``, ``"inplace"``,
@@ -115,7 +129,7 @@ class AutoLR(LRScheduler):
         anneal: str | Annealing = "cosine",
         probe_every_steps: int | None = 10,
         probe_until_fraction: float = 0.5,
-        calibration_steps: int = 20,
+        calibration_steps: int | None = None,
         guard_probes: int = 10,
         rule: Rule = Rule(),  # noqa: B008, it is frozen
         lr_limits: tuple[float, float] = (1e-12, 1e4),
@@ -135,21 +149,34 @@ class AutoLR(LRScheduler):
         self.optimizers = list(optimizers)
         self._optimizers = optimizers
         self._rule = rule
+        self._warn_once = warn_once = WarnOnce()
+        first_words = [optimizers.another_scheduler()]
         self._level = level = Level(optimizers, anneal, total_steps, lr_limits, guard_probes)
+        warn_once(optimizers.unread_scales())
+        self._first_words = first_words  # told at the first step, unless a state is loaded
+        self._is_default = calibration_steps is None
+        steps = _CALIBRATED if calibration_steps is None else calibration_steps
+        if self._is_default and optimizers.have_trained():
+            steps = 0
+            first_words.append(_GOES_ON.format(", ".join(f"{level:.4g}" for level in self.level)))
         schedule = ProbeSchedule(
             probe_every_steps,
-            calibration_steps,
+            steps,
             windows_for(optimizers, rule.window_steps),
             last_step=math.inf if total_steps is None else probe_until_fraction * total_steps,
         )
         self._tracker = ProbeTracker(schedule)
         self._snapshots = Snapshots(optimizers, schedule if rule.direction == "step" else None)
         self._losses = Losses(model, micro_batches)
-        self._warn_once = warn_once = WarnOnce()
+        self._calibration = calibration = Calibration(schedule.first_steps, rule.factors)
+
+        def searches_groups() -> bool:
+            return calibration.has_found and rule.direction == "step" and _take_part(level.new_groups())
+
+        self._hooks = hooks = StepHooks(optimizers, schedule, self._snapshots, searches_groups, warn_once)
         self._counter = StepCounter(
-            optimizers, warn_once, self._snapshots.keep, before_each=lambda: warn_once(level.reclaim())
+            optimizers, warn_once, hooks.before_step, lambda: warn_once(level.reclaim()), hooks.after_step
         )
-        self._calibration = Calibration(calibration_steps, rule.factors)
         maximize = bool(optimizers.param_groups[0].get("maximize", False))
         self._prober = Prober(
             model, resolve_evaluator(evaluator), process_group, maximize, device=self._level.value.device
@@ -199,7 +226,9 @@ class AutoLR(LRScheduler):
 
         Raises:
             TypeError: if ``closure`` is not callable.
-            ClosureError: if it does not return a scalar loss tensor, or gradients are off.
+            ClosureError: if it does not return a scalar loss tensor, changes a tensor that it holds, or gradients
+                are off.
+            RuntimeError: if another AutoLR was given the optimizer since.
 
         Example:
             >>> model = nn.Linear(4, 1)
@@ -237,11 +266,13 @@ class AutoLR(LRScheduler):
         """
         if not callable(closure):
             raise TypeError(f"closure={closure!r}: {_EXPECTED}")
+        self._counter.check_in_use()
         step = self._counter.steps + 1
-        if self._tracker.schedule.window_at(step) is None:
+        is_due = self._tracker.schedule.window_at(step) is not None
+        if not (is_due or _may_move(self._level.new_groups()) or self._hooks.may_be_first()):
             return
         again = self._losses.has(step) and all(each.grad is None for each in self._optimizers.parameters)
-        if again:
+        if again and self._losses.last_is_finite():  # else it is a batch to be skipped
             self._warn_once(_TWICE)
         self._losses.remember(closure, step, is_first=again)
 
@@ -259,34 +290,43 @@ class AutoLR(LRScheduler):
         Raises:
             TypeError: if ``closure`` is not callable.
             ClosureError: if it, or that given to :meth:`loss`, does not return the same scalar loss each time,
-                calls backward or the optimizer; or if no closure has come when calibration ends.
+                calls backward or the optimizer, or changes a tensor that it holds; or if no closure has come when
+                calibration ends.
             EvaluatorError: if the evaluator asked for cannot serve the model.
             ValueError: if model and optimizer no longer hold the same parameters.
-            RuntimeError: if the parameters move, and no step of the optimizer is seen.
+            RuntimeError: if the parameters move, and no step of the optimizer is seen, or if another AutoLR was
+                given the optimizer since.
         """
         if closure is not None and not callable(closure):
-            raise TypeError(f"closure={closure!r}: {_EXPECTED}")
+            raise TypeError(f"closure={closure!r}: {_EXPECTED}; step takes no epoch")
         if self.last_epoch >= 0:  # else it is LRScheduler's own first call, which ends no iteration
             self._counter.end_iteration()
             self._warn_once(self._level.reclaim())
-        now = self._counter.steps
+        now, rates = self._counter.steps, self._level.rates()
+        self._join_groups(now)
         replay, own = self._losses.take(now)
         closure, own = (closure, None) if closure is not None else (replay, own)
         window = self._tracker.window_due(now)
         if now == self.last_epoch and (closure is None or window is None):
             return
-        self._level.add_new_groups(max(self.last_epoch, 0))
         self._warn_once(self._tracker.missed(range(max(self.last_epoch, 0), now)))
         self._warn_once(self._level.overrun(now))
+        while self._first_words and now:
+            self._warn_once(self._first_words.pop())
+        self._hooks.before_probe(now)
+        retaken: float | None = None
         if closure is not None and window is not None:
             self._tracker.offered = now
             with self._counter.refusing_steps():
-                self._probe(closure, window, now, self._losses.seen(own))
+                retaken = self._probe(closure, window, now, self._losses.seen(own), rates)
+        self._hooks.leave(now, retaken is not None)
         self.last_epoch = now
         self._step_count = now + 1
         self._apply()
 
-    def _probe(self, closure: Closure, window: int, now: int, beside: Tensor | None) -> None:
+    def _probe(
+        self, closure: Closure, window: int, now: int, beside: Tensor | None, lr_before: Sequence[float | Tensor]
+    ) -> float | None:
         """Look along the line of the last steps, and move the level by what the losses say.
 
         Args:
@@ -294,18 +334,22 @@ class AutoLR(LRScheduler):
             window: steps of the line.
             now: optimizer steps done.
             beside: [3], the mean loss since the last probe, its variance, and the closure's before the last step.
+            lr_before: the learning rates of the last step.
+
+        Returns:
+            The ratio at which the last steps were taken again; ``None`` if parameters stayed.
         """
-        line = self._line(closure, window, now)
+        new = self._level.new_groups() if now == self._tracker.schedule.searched_step else []
+        new = new if _take_part(new) else []
+        line = self._line(closure, window, now, {parameter for group in new for parameter in group["params"]})
         if line is None:
-            return
-        look: LookAt = partial(self._prober.look, line, closure, beside=beside)
-        lr_before = self._level.rates()
-        retaken: float | None
-        if self._calibration.is_searching(now):
-            seen, factor, retaken, rounds = self._search(line, look, now)
-            weights, _ = self._rule.weigh(seen.costs)
+            return None
+        # The loss before the step is not that of where new groups alone have not moved.
+        look: LookAt = partial(self._prober.look, line, closure, beside=None if new else beside)
+        if new or self._calibration.is_searching(now):
+            seen = self._search(line, look, now, new)
         else:
-            seen, weights, factor, retaken, rounds = self._follow(line, look, now)
+            seen = self._follow(line, look, now)
         self._losses.forget()
         self._tracker.probed = now
         self._snapshots.drop_used(now)
@@ -313,64 +357,99 @@ class AutoLR(LRScheduler):
         probe = Probe(
             step=now,
             window=line.window,
-            factors=tuple(seen.factors),
-            losses=seen.losses,
-            weights=weights,
-            factor=factor,
+            **seen._asdict(),
             lr_before=lr_before,
             lr_after=self._level.rates(),
             level_after=self._level.of_groups(),
             evaluator=self._prober.evaluator.name,
-            rounds=rounds,
-            retaken=retaken,
         )
         self._history.add(probe)
-        if retaken is not None:
-            _log.info("took the last steps again, %g times as long, and moved the parameters: %r", retaken, probe)
+        if probe.retaken is not None:
+            _log.info(
+                "took the last steps again, %g times as long, and moved the parameters: %r", probe.retaken, probe
+            )
+        return probe.retaken
 
-    def _line(self, closure: Closure, window: int, now: int) -> Line | None:
-        """Return the candidates that are due; ``None`` if where the window began was not kept."""
+    def _line(
+        self, closure: Closure, window: int, now: int, only: Collection[nn.Parameter]
+    ) -> StepLine | GradientLine | None:
+        """Return the candidates that are due, of some parameters or all; ``None`` if no window of them is open."""
         names = candidate_parameters(self._prober.model, self._optimizers)
         if self._rule.direction == "gradient":
             return GradientLine(self._prober.model, self._optimizers, closure, self._prober.process_group)
-        return self._snapshots.line(window, now, names)
+        return self._snapshots.line(window, now, names, only)
 
-    def _search(self, line: Line, look: LookAt, now: int) -> tuple[Look, Tensor, float | None, int]:
-        """Start the level where the first step is best, and take the step again; or say that nothing was found."""
-        level = float(self._level.annealed(max(self.last_epoch, 0)))  # at which the step was taken
-        lowest, highest = (limit / level for limit in self._level.limits)
-        found = self._calibration.find_first(look, lowest, highest, line.window)
-        if found.why_not:
-            self._warn_once(
-                f"AutoLR could not calibrate: {found.why_not}. Parameters and learning rate stay as they are; the "
-                f"next of the first {self._calibration.steps} steps tries again."
-            )
-            return found.seen, torch.ones_like(self._level.value), None, found.rounds
-        self._level.start_at(level * found.ratio * start_ratio(self._optimizers, self._snapshots.began_warm))
-        retaken = self._retake(line, found.ratio, now)
-        return found.seen, torch.full_like(self._level.value, found.ratio), retaken, found.rounds
+    def _search(
+        self, line: StepLine | GradientLine, look: LookAt, now: int, new: Sequence[dict[str, Any]]
+    ) -> _Seen:
+        """Start the level, or the rates of new groups, where their first step is best, and take that step again."""
+        step, begin = lengths(line.squares(), self._prober.process_group)
+        if new:
+            highest = self._level.highest_ratio(float(group["lr"]) for group in new)
+            found = self._calibration.find_for_groups(look, step, begin, highest)
+            self._level.add_groups(None if found.why_not else found.ratio * start_ratio(new))
+        else:
+            level = float(self._level.annealed(max(self.last_epoch, 0)))  # at which the step was taken
+            highest = self._level.highest_ratio(level * base for base in self._level.base)
+            found = self._calibration.find_first(look, step, begin, highest)
+            if not found.why_not:
+                go_on = start_ratio(self._optimizers.param_groups, self._snapshots.began_warm)
+                self._level.start_at(level * found.ratio * go_on)
+        self._warn_once(_why_not(found, self._calibration.steps - now, bool(new)))
+        factor = 1.0 if found.why_not else found.ratio
+        losses, weights = torch.tensor(
+            [found.losses, [each == factor for each in found.factors]], dtype=torch.float64
+        )
+        return _Seen(
+            tuple(found.factors),
+            losses,
+            weights,
+            torch.tensor(factor, dtype=torch.float64),
+            found.rounds,
+            self._retake(line, found.taken, now),
+        )
 
-    def _follow(self, line: Line, look: LookAt, now: int) -> tuple[Look, Tensor, Tensor, float | None, int]:
+    def _follow(self, line: StepLine | GradientLine, look: LookAt, now: int) -> _Seen:
         """Move the level by the rule's factor; if the loss blew up in the first steps, take the last ones again."""
         seen = look(self._rule.factors)
-        weights, factor = self._rule.weigh(seen.costs)
+        weights, factor = self._rule.weigh(seen.costs, None if seen.training is None else seen.training.own)
         cost = seen.costs[self._rule.unscaled]
-        again = self._calibration.find_again(look, seen, cost, now, line.window) if line.window else None
+        is_close = line.window > 0 and self._tracker.schedule.is_close(now)
+        again = self._calibration.find_again(look, seen, cost, line.window) if is_close else None
         # From here on nothing raises that a closure can cause.
+        rounds, retaken = 1, None
         if again is None:
             loss, variance = _progress(seen, cost)
             self._level.follow(factor, loss, now, variance=variance)
-            return seen, weights, factor, None, 1
-        self._level.follow(factor, torch.full_like(cost, again.cost), now, retaken=again.ratio)
-        retaken = self._retake(line, again.ratio, now)
-        return seen, weights, torch.full_like(factor, again.ratio), retaken, 1 + again.rounds
+        else:
+            self._level.follow(factor, torch.full_like(cost, again.cost), now, retaken=again.taken)
+            retaken = self._retake(line, again.taken, now)
+            factor, rounds = torch.full_like(factor, again.taken), 1 + again.rounds
+        return _Seen(tuple(seen.factors), seen.losses, weights, factor, rounds, retaken)
 
-    def _retake(self, line: Line, ratio: float, now: int) -> float | None:
+    def _join_groups(self, now: int) -> None:
+        """Give groups that were added the ratio to the others that they came with, if no search is to find it."""
+        new = self._level.new_groups()
+        waits = self._calibration.has_found and self._rule.direction == "step"
+        if not new or (waits and any(float(group["lr"]) for group in new)):
+            return
+        self._level.add_groups(None if self._calibration.is_searching(now) else 1.0)
+        self._level.apply(max(self.last_epoch, 0))
+        self._last_lr = self._level.rates()
+
+    def _retake(self, line: StepLine | GradientLine, ratio: float, now: int) -> float | None:
         """Take the steps of a line again; return the ratio if anything moved."""
-        if not line.window or ratio == 1.0:
+        if not isinstance(line, StepLine):
             return None
-        self._snapshots.retake(line, ratio, now)
-        return ratio
+        taken, message = self._snapshots.retake(line, ratio, now)
+        self._warn_once(message)
+        return taken
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        """Refuse what SequentialLR calls when a scheduler's turn comes."""
+        raise TypeError(
+            "SequentialLR cannot hold an AutoLR, which needs no warm-up and anneals by itself: use it alone"
+        )
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group; the same as :meth:`get_last_lr`."""
@@ -405,18 +484,21 @@ class AutoLR(LRScheduler):
         It loads with ``torch.load(weights_only=True)``. With the states of model, optimizer and random numbers, a
         resumed run is bit for bit the one that was not interrupted.
         """
-        self._level.add_new_groups(self.last_epoch)
         return {
             **HEADER,
             "last_epoch": self.last_epoch,
             "tracker": self._tracker.state(),
             "snapshots": {"steps": self._counter.steps, **self._snapshots.state()},
+            "hooks": self._hooks.state(),
+            "state_weights": self._snapshots.weights_state(),
             "losses": self._losses.state(),
             "calibration": self._calibration.state(),
+            "calibration_steps": self._calibration.steps,
             "level": self._level.state(),
             "evaluator": self.evaluator.state(),
             "history": self._history.state(),
             "groups": [list(place) for place in self._optimizers.places()],
+            "optimizers": self._optimizers.names(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -430,10 +512,11 @@ class AutoLR(LRScheduler):
             ValueError: if it is not of such a scheduler; nothing is loaded then.
         """
         own = self.state_dict()
-        defaults = {name: own[name] for name in ("losses", "history", "groups")}
+        defaults = {name: own[name] for name in _LATER_KEYS}
         state = complete(state_dict, {**own, "evaluator": {}}, defaults, "AutoLR")
         self.evaluator.check(state["evaluator"])
         self._level.check(state["level"])
+        self._optimizers.check_names(state["optimizers"])
         history = self._history.read(state["history"])
         self._optimizers.load_places(state["groups"])
         try:
@@ -441,16 +524,20 @@ class AutoLR(LRScheduler):
         except ValueError:
             self._optimizers.load_places(own["groups"])
             raise
-        self._snapshots.load(state["snapshots"])
-        self._counter.steps = state["snapshots"]["steps"]
+        self._snapshots.load(state["snapshots"], state["state_weights"])
+        self._counter.go_on_from(state["snapshots"]["steps"])
+        self._hooks.load(state["hooks"])
         self._losses.load(state["losses"])
         self._history[:] = history
+        if self._is_default:  # what it is depends on what was trained, and that is loaded too
+            self._calibration.steps = self._tracker.schedule.first_steps = state["calibration_steps"]
+        self._first_words.clear()
         self._calibration.load(state["calibration"])
         self._level.load(state["level"])
         self.evaluator.load(state["evaluator"])
         self.last_epoch = state["last_epoch"]
         self._step_count = self.last_epoch + 1
-        self._tracker.load(state["tracker"])
+        self._tracker.load(state["tracker"], self.last_epoch)
         self._apply()
 
     def __reduce__(self) -> Any:
@@ -473,6 +560,46 @@ class AutoLR(LRScheduler):
         self._last_lr = self._level.rates()
 
 
+class _Seen(NamedTuple):
+    """What a probe saw, as in :class:`Probe`."""
+
+    factors: tuple[float, ...]
+    losses: Tensor
+    weights: Tensor
+    factor: Tensor
+    rounds: int
+    retaken: float | None
+
+
+def _may_move(groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether the step to come may move any of these param groups."""
+    return any(float(group["lr"]) and any(each.requires_grad for each in group["params"]) for group in groups)
+
+
+def _take_part(groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether a step moves any of these param groups."""
+    return any(
+        float(group["lr"]) and any(parameter.grad is not None for parameter in group["params"]) for group in groups
+    )
+
+
+def _why_not(found: Found, left_steps: int, is_of_groups: bool) -> str:
+    """Return what to tell the user of a search; nothing if it found what it was for."""
+    if not found.why_not:
+        return ""
+    left = "stays" if found.taken else "is undone"
+    if is_of_groups:
+        return (
+            f"AutoLR searched the first step of the param groups that were added, and {found.why_not}. The step "
+            f"{left}; their lr keeps the ratio to those that the optimizer began with"
+        )
+    if found.is_endless:
+        after = "probes move the learning rate from where it is"
+    else:
+        after = "a next step tries again" if left_steps > 0 else "no more steps are searched"
+    return f"AutoLR could not calibrate: {found.why_not}. The step {left}, the learning rate stays, and {after}"
+
+
 def _progress(seen: Look, cost: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the loss that progress is judged by, and its variance: of all steps, or of one candidate."""
     if seen.training is None:
@@ -486,5 +613,9 @@ _TWICE = (
     "scheduler.loss was called twice before a step, and found no gradients the second time. The calls of one step "
     "are its micro-batches, and a probe runs the last one. Return the sum of all terms of a loss from one closure; "
     "evaluate without scheduler.loss; a batch that was skipped is forgotten"
+)
+_GOES_ON = (
+    "the optimizer has trained before, so AutoLR starts from its lr ({}) and does not search: give "
+    "calibration_steps=20 to search, or 0 to agree"
 )
 _EVALUATE = "call it with gradients on; to evaluate, call loss_fn(model(x), y) itself"

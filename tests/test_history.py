@@ -211,12 +211,12 @@ def test_retaken_says_where_parameters_moved(lr0, caplog):
 
 
 def test_a_first_step_that_suits_is_not_taken_again(caplog):
-    """f(w) = w^2 / 2, at the rate 1; nothing moves, and nothing is said."""
+    """f(w) = (w - 20)^2 / 2 from 22, at the rate 1; nothing moves, and nothing is said."""
     caplog.set_level(logging.INFO, logger="autolr_fast")
-    w = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))})
+    w = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.tensor([22.0], dtype=torch.float64))})
     optimizer = sgd(w, lr=1.0)
     scheduler = AutoLR(optimizer, w, evaluator="inplace", rule=Rule((2.0, 1.0, 0.5)))
-    scheduler.loss(lambda: w["w"].square().sum() / 2).backward()
+    scheduler.loss(lambda: (w["w"] - 20).square().sum() / 2).backward()
     optimizer.step()
     left = copy.deepcopy(w)
     scheduler.step()

@@ -42,9 +42,16 @@ def test_linear_by_hand():
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor, lambda lr: torch.tensor(lr, dtype=torch.float64)])
-def test_groups_keep_their_ratio_at_the_limits(kind):
+def test_limits_hold_each_group_alone_and_groups_get_their_ratio_back(kind):
     _, level = level_of(kind(0.1), kind(0.001), lr_limits=(1e-4, 1.0))
-    for value, expected in [(2.0, (0.2, 0.002)), (1e9, (1.0, 0.01)), (1e-9, (0.01, 1e-4)), (0.5, (0.05, 5e-4))]:
+    for value, expected in [
+        (2.0, (0.2, 0.002)),
+        (100.0, (1.0, 0.1)),
+        (1e9, (1.0, 1.0)),
+        (0.01, (1e-3, 1e-4)),
+        (1e-9, (1e-4, 1e-4)),
+        (0.5, (0.05, 5e-4)),
+    ]:
         level.start_at(value)
         level.apply(0)
         assert [float(lr) for lr in level.rates()] == pytest.approx(expected, rel=1e-6)
@@ -64,26 +71,49 @@ def test_tensor_lr_is_filled_never_replaced():
     assert held.item() == pytest.approx(0.3)
 
 
+def test_a_group_at_zero_stays_there_and_limits_no_other():
+    optimizer, level = level_of(0.1, 0.0, torch.tensor(0.0), lr_limits=(1e-4, 1.0))
+    for value in (1e-9, 5.0, 1e9):
+        level.start_at(value)
+        level.apply(0)
+        assert float(level.rates()[0]) == pytest.approx(min(max(0.1 * value, 1e-4), 1.0))
+        assert [float(rate) for rate in level.rates()[1:]] == [0.0, 0.0]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [1.0, 0.0, 0.0]
+
+
 def test_new_group_keeps_what_its_user_wrote():
     optimizer, level = level_of(0.1, total_steps=100)
     level.start_at(4.0)
     level.apply(50)
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.02})
-    level.add_new_groups(50)
+    assert level.has_new_groups()
+    level.add_groups(scale=1.0)
+    assert not level.has_new_groups()
     level.apply(50)
     assert level.rates() == pytest.approx([0.2, 0.02])
     level.apply(75)
     assert level.rates()[0] / level.rates()[1] == pytest.approx(10)
     optimizer.param_groups.pop()
     with pytest.raises(ValueError, match="1 param groups and had 2"):
-        level.add_new_groups(75)
+        level.has_new_groups()
+
+
+def test_a_new_group_in_proportion_is_as_if_it_had_been_there_from_the_start():
+    optimizer, level = level_of(10.0, total_steps=100)
+    level.start_at(1e-3)
+    level.apply(50)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 1.0})
+    level.add_groups()
+    level.apply(50)
+    assert level.rates() == pytest.approx([0.005, 0.0005])
 
 
 @pytest.mark.parametrize(
     ("lrs", "limits", "says"),
     [
-        ((0.0,), {}, r"lr=0.0 of optimizer.param_groups\[0\] is not positive.*requires_grad_"),
-        ((0.1, math.inf), {}, r"lr=inf of optimizer.param_groups\[1\] is not positive and finite"),
+        ((0.0, 0.0), {}, "lr of all param groups is 0.*give at least one"),
+        ((0.1, math.inf), {}, r"lr=inf of optimizer.param_groups\[1\] is no finite number"),
+        ((-0.1,), {}, r"lr=-0.1 of optimizer.param_groups\[0\] is no finite number of 0 or more"),
         (
             (0.1,),
             {"lr_limits": (1e-12, 0.01)},

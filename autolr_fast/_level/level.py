@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,8 +26,11 @@ class Level:
     """Learning rates of all param groups from one level: ``lr = base * level * anneal(step / total_steps)``.
 
     Nothing else writes the level or the learning rates. The level is one number for all groups, in units of each
-    group's base. The limits hold the level as a whole, so the groups keep their ratios there too. Where learning
+    group's base. The limits hold the rate of each group alone; a group whose base is 0 stays there. Where learning
     rates are tensors, the level is on their device, and following a probe needs no host synchronisation.
+
+    A base is the ``initial_lr`` of a group, if another scheduler has left one, as with torch's schedulers, else its
+    ``lr``. The ``initial_lr`` becomes the rate of the group before annealing: a later scheduler starts there.
 
     Args:
         optimizers: their param groups are read and written; tensor learning rates are filled, never replaced.
@@ -37,13 +40,13 @@ class Level:
         guard_probes: as in :class:`~autolr_fast.AutoLR`.
 
     Attributes:
-        base: learning rate of each group at level 1.
+        base: learning rate of each group at level 1; groups that came later have none until :meth:`add_groups`.
         value: the level, 0-dim float64.
         total_steps: as given.
 
     Raises:
         TypeError: if an argument is of a kind that cannot be meant.
-        ValueError: if a learning rate is not a positive number within the limits, or an argument cannot be meant.
+        ValueError: if a learning rate is not within the limits, or all are 0, or an argument cannot be meant.
     """
 
     def __init__(
@@ -68,23 +71,38 @@ class Level:
                 f"total_steps={total_steps} with anneal='plateau', which is for trainings whose length is not "
                 "known: leave total_steps out, or anneal by 'cosine'"
             )
-        rates = [group["lr"] for group in optimizers.param_groups]
         self.base: list[float] = []
         self._written: list[tuple[float | Tensor, int]] = []  # the rate of each group, and its version
-        self._add_groups(rates, scale=1.0)
         self._step = 0
         self._told = False  # that something else writes them
+        rates = [group["lr"] for group in optimizers.param_groups]
         devices = {rate.device if isinstance(rate, Tensor) else torch.device("cpu") for rate in rates}
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         self.value = torch.ones((), dtype=torch.float64, device=device)
         self._plateau = torch.ones_like(self.value)  # what plateaus have left of the learning rate
         self._guard = Guard(guard_probes, device)
+        self.add_groups()
+        if not any(self.base):
+            raise ValueError("the lr of all param groups is 0, which no level can scale: give at least one its own")
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Lowest and highest level (annealing included) at which every group is within its limits."""
+        """Lowest and highest level, annealing included: beyond them every group is at a limit of its own."""
         lowest, highest = self._lr_limits
-        return lowest / min(self.base), highest / max(self.base)
+        moving = [base for base in self.base if base]
+        return lowest / max(moving), highest / min(moving)
+
+    def highest_ratio(self, rates: Iterable[float]) -> float:
+        """Return by how much these rates can be multiplied before the first is at its upper limit."""
+        return self._lr_limits[1] / max(rates)
+
+    def has_new_groups(self) -> bool:
+        """Whether groups were added to the optimizer that have no base yet."""
+        return len(self._optimizers.places()) > len(self.base)
+
+    def new_groups(self) -> list[dict[str, Any]]:
+        """Return the groups that have no base yet."""
+        return self._optimizers.param_groups[len(self.base) :]
 
     def multiplier(self, step: int) -> float:
         """Return what annealing multiplies the level by after ``step`` optimizer steps."""
@@ -145,7 +163,7 @@ class Level:
         """Write the learning rates after ``step`` optimizer steps into the param groups."""
         self._step = step
         annealed = self.annealed(step)
-        groups = self._optimizers.param_groups
+        groups = self._optimizers.param_groups[: len(self.base)]
         for group, base in zip(groups, self.base, strict=True):
             _write(group, self._rate(base, annealed))
         self._written = [_stamp(group["lr"]) for group in groups]
@@ -153,10 +171,12 @@ class Level:
     def reclaim(self) -> str:
         """Put back the learning rates that something else wrote since; return what to tell the user of it.
 
-        Nothing is read back from an accelerator while nothing else writes.
+        Nothing is read back from an accelerator while nothing else writes. Past ``total_steps`` others may.
         """
+        if self.total_steps is not None and self._step >= self.total_steps:
+            return ""
         message = ""
-        known = zip(self._optimizers.param_groups, self._written, strict=False)  # a group may have come since
+        known = zip(self._optimizers.param_groups, self._written, strict=False)  # new groups have no base yet
         for index, (group, (written, version)) in enumerate(known):
             rate = group["lr"]
             if rate is not written or (isinstance(rate, Tensor) and rate._version != version):
@@ -178,12 +198,12 @@ class Level:
         )
 
     def _rate(self, base: float, annealed: Tensor | float) -> Tensor | float:
-        return _within(base * annealed, *self._lr_limits)
+        return _within(base * annealed, *self._lr_limits) if base else 0.0
 
     def of_groups(self) -> list[float | Tensor]:
-        """Return the level of each group, in units of learning rate, before annealing."""
+        """Return the rate of each group before annealing; of one that has no base yet, its ``lr``."""
         value = self.value.item() if self.value.is_cpu else self.value
-        return [base * value for base in self.base]
+        return [*(self._rate(base, value) for base in self.base), *(group["lr"] for group in self.new_groups())]
 
     def overrun(self, step: int) -> str:
         """Return what to tell the user if ``step`` is past the end of annealing."""
@@ -199,11 +219,23 @@ class Level:
         rates = [group["lr"] for group in self._optimizers.param_groups]
         return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
-    def add_new_groups(self, step: int) -> None:
-        """Give groups that were added to the optimizer a base: from now on their ratio to the others holds."""
-        if len(self._optimizers.places()) > len(self.base):
-            new = self._optimizers.param_groups[len(self.base) :]
-            self._add_groups([group["lr"] for group in new], scale=float(self.annealed(step)))
+    def add_groups(self, scale: float | None = None) -> None:
+        """Give a base to the groups that have none, or to none of them.
+
+        Args:
+            scale: by how much their rate is to differ from their ``lr``, annealing included. ``None`` for a rate in
+                proportion to those the optimizer began with, as if they had been there from the start.
+
+        Raises:
+            ValueError: if a learning rate is not within the limits.
+        """
+        unit = 1.0 if scale is None else scale / float(self.annealed(self._step))
+        first = len(self.base)
+        rates = [_start_of(group, is_new=scale is not None) for group in self.new_groups()]
+        bases = [self._checked(rate, first + index) * unit for index, rate in enumerate(rates)]
+        self.base += bases
+        self._written += map(_stamp, rates)
+        self._set(self.value)
 
     def state(self) -> dict[str, Any]:
         """Return what :meth:`load` takes: plain values."""
@@ -217,7 +249,7 @@ class Level:
     def check(self, state: dict[str, Any]) -> None:
         """Raise a ValueError if :meth:`load` cannot take a state; nothing is changed."""
         groups, saved = len(self._optimizers.param_groups), len(state["base_lrs"])
-        if saved != groups:
+        if saved > groups:
             raise ValueError(
                 f"state_dict is of {saved} param groups and the optimizer has {groups}: give the optimizer the "
                 "same groups before loading"
@@ -232,15 +264,9 @@ class Level:
         self._guard.load(state["guard"])
 
     def _set(self, level: Tensor) -> None:
-        self.value = level.clamp(*self.limits)
-
-    def _add_groups(self, rates: Sequence[float | Tensor], scale: float) -> None:
-        """Give the groups that came last a base."""
-        for rate in rates:
-            self.base.append(self._checked(rate, len(self.base)) / scale)
-            self._written.append(_stamp(rate))
-        for group, base in zip(self._optimizers.param_groups, self.base, strict=True):
-            group.setdefault("initial_lr", base)
+        self.value = level.clamp(*self.limits) if any(self.base) else level
+        for group, rate in zip(self._optimizers.param_groups, self.of_groups(), strict=True):
+            group["initial_lr"] = rate
 
     def _checked(self, rate: float | Tensor, index: int) -> float:
         name = self._optimizers.group_name(index)
@@ -253,15 +279,18 @@ class Level:
                     "it is written in place, so use a float32 or float64 one that requires no gradient"
                 )
         value = float(rate)
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(
-                f"lr={value} of {name} is not positive and finite: give it any positive rate; to "
-                "freeze its parameters use requires_grad_(False) as well"
-            )
-        if not self._lr_limits[0] <= value <= self._lr_limits[1]:
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"lr={value} of {name} is no finite number of 0 or more: give it any positive rate")
+        if not self.base and value and not self._lr_limits[0] <= value <= self._lr_limits[1]:
             limits = f"lr_limits={self._lr_limits}"
             raise ValueError(f"lr={value} of {name} is outside {limits}: change lr or the limits")
         return value
+
+
+def _start_of(group: dict[str, Any], is_new: bool) -> float | Tensor:
+    """Return the rate that a group begins at: that before annealing, if it had some, as with torch's schedulers."""
+    rate: float | Tensor = group["lr"] if is_new else group.get("initial_lr", group["lr"])
+    return rate
 
 
 def _write(group: dict[str, Any], rate: Tensor | float) -> None:

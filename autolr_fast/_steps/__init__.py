@@ -5,7 +5,8 @@
 
 from .counter import StepCounter
 from .gradient_line import GradientLine, check_not_sharded
-from .lines import Line, StepLine
+from .hooks import StepHooks
+from .lines import Line, StepLine, lengths
 from .losses import Losses
 from .parameters import candidate_parameters
 from .schedule import ProbeSchedule, ProbeTracker, windows_for
@@ -19,8 +20,10 @@ __all__ = [
     "ProbeTracker",
     "Snapshots",
     "StepCounter",
+    "StepHooks",
     "StepLine",
     "candidate_parameters",
     "check_not_sharded",
+    "lengths",
     "windows_for",
 ]

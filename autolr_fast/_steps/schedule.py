@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .._arguments import check_count
@@ -14,7 +14,7 @@ from .._optimizers import Optimizers
 __all__ = ["ProbeSchedule", "ProbeTracker", "windows_for"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ProbeSchedule:
     """Says for each optimizer step whether it is probed, and over how many steps back.
 
@@ -23,6 +23,10 @@ class ProbeSchedule:
         first_steps: as many of the first steps are all probed.
         windows: optimizer steps that a line spans; they take turns.
         last_step: with a multiple of ``every_steps`` to be probed.
+
+    Attributes:
+        close_from: the step from which on as many steps as ``first_steps`` are all probed.
+        searched_step: one besides, of a line over that step alone: the first step of what did not move before.
 
     Raises:
         TypeError: if a number of steps is not a whole number.
@@ -40,21 +44,29 @@ class ProbeSchedule:
     first_steps: int
     windows: Sequence[int]
     last_step: float = math.inf
+    close_from: int = field(default=0, init=False)
+    searched_step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        check_count("calibration_steps", self.first_steps, at_least=0)
+        self.first_steps = check_count("calibration_steps", self.first_steps, at_least=0)
         if self.every_steps is not None:
-            check_count("probe_every_steps", self.every_steps, at_least=1)
+            self.every_steps = check_count("probe_every_steps", self.every_steps, at_least=1)
 
     def window_at(self, step: int) -> int | None:
         """Return the window of the probe after ``step`` optimizer steps, or ``None`` if there is none."""
-        if 1 <= step <= self.first_steps:
+        if step == self.searched_step:
+            return 1 if step else None
+        if self.is_close(step):
             turn = step - 1
         elif self.every_steps and 1 <= step <= self.last_step and step % self.every_steps == 0:
             turn = step // self.every_steps
         else:
             return None
         return min(self.windows[turn % len(self.windows)], step)
+
+    def is_close(self, step: int) -> bool:
+        """Whether a step is one of the first, or of the first of parameters that came later."""
+        return 1 <= step - self.close_from <= self.first_steps
 
     def windows_from(self, step: int, now: int | None = None) -> list[int]:
         """Return the windows of the probes after ``now`` (default: ``step``) that open after ``step`` steps."""
@@ -78,6 +90,7 @@ class ProbeTracker:
         self.schedule = schedule
         self.probed = 0
         self.offered = 0
+        self._since = 0  # steps that were done when a state was loaded, which may be of another schedule
 
     def window_due(self, step: int) -> int | None:
         """Return the window of the probe that is to be made now; ``None`` if there is none, or it was made."""
@@ -89,7 +102,8 @@ class ProbeTracker:
         Raises:
             ClosureError: if calibration is over, and none was ever given.
         """
-        if not any(step > self.offered and self.schedule.window_at(step) for step in steps):
+        known = max(self.offered, self._since)
+        if not any(step > known and self.schedule.window_at(step) for step in steps):
             return ""
         if self.offered == 0 and steps.stop > self.schedule.first_steps:
             raise ClosureError(
@@ -104,9 +118,10 @@ class ProbeTracker:
         """Return what :meth:`load` takes."""
         return {"probed": self.probed, "offered": self.offered}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state` returned."""
+    def load(self, state: dict[str, Any], steps: int) -> None:
+        """Take over what :meth:`state` returned after so many optimizer steps."""
         self.probed, self.offered = state["probed"], state["offered"]
+        self._since = steps
 
 
 _LOOP = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .._machine.ranks import local
 from .._ops.copies import Copies
 from .._optimizers import Optimizers
-from .lines import Line, StepLine
+from .lines import StepLine
 from .schedule import ProbeSchedule
+from .state_weights import StateWeights, Values, has_state
 
 __all__ = ["Snapshots"]
 
@@ -21,7 +22,8 @@ class Snapshots:
     """Keeps the parameters that the line of a later probe begins at.
 
     A snapshot is taken just before the optimizer step that opens a window, and dropped once no probe needs it.
-    Between probes there is none.
+    Between probes there is none. In the first steps, which may be taken again, it has the weights in the states of
+    the optimizers too.
 
     Args:
         optimizers: that move the parameters.
@@ -36,54 +38,106 @@ class Snapshots:
         self.began_warm = False
         self._schedule = schedule or ProbeSchedule(every_steps=None, first_steps=0, windows=(1,))
         self._kept: dict[int, dict[nn.Parameter, Tensor]] = {}  # optimizer steps before -> parameter -> its value
+        self._weights = StateWeights(optimizers)
+        self._kept_weights: dict[int, Values] = {}  # of the same snapshots
+        self._is_new = False  # whether there was no state before the step
 
     def keep(self, steps: int) -> None:
         """Keep what the windows need that open now, after so many steps, before anything moves."""
+        self._is_new = not any(map(has_state, self._optimizers))
         if steps == 0:
             states = [state for optimizer in self._optimizers for state in optimizer.state.values()]
-            self.began_warm = any(state.get("momentum_buffer") is not None for state in states)
+            self.began_warm = any(
+                isinstance(state, dict) and state.get("momentum_buffer") is not None for state in states
+            )
         if self._kept:
             self.drop_used(steps)
         if self._schedule.windows_from(steps):
             moved = [each for each in self._optimizers.parameters if each.requires_grad or each.grad is not None]
             values = Copies([parameter.detach() for parameter in moved]).values
             self._kept[steps] = dict(zip(moved, values, strict=True))
+            if self._schedule.is_close(steps + 1):
+                self._weights.find()
+                self._kept_weights[steps] = {
+                    parameter: {name: tensor.clone() for name, tensor in entries.items()}
+                    for parameter, entries in self._weights.values().items()
+                }
 
-    def line(self, window: int, steps: int, names: Mapping[nn.Parameter, str]) -> StepLine | None:
+    def line(
+        self,
+        window: int,
+        steps: int,
+        names: Mapping[nn.Parameter, str],
+        only: Collection[nn.Parameter] = (),
+    ) -> StepLine | None:
         """Return the line over the last ``window`` steps, or ``None`` if where it begins is not known.
 
         Args:
             window: of a probe that is due.
             steps: optimizer steps done.
             names: of all parameters, for errors.
+            only: the parameters that move along it; none of them for all that did.
 
         Raises:
             RuntimeError: if a parameter changed its shape, dtype or device within the window.
         """
         kept = self._kept.get(steps - window)
-        return None if kept is None else StepLine(kept, names, window)
+        if kept is not None and only:
+            kept = {parameter: value for parameter, value in kept.items() if parameter in only}
+        return StepLine(kept, names, window) if kept else None
 
-    def retake(self, line: Line, ratio: float, steps: int) -> None:
+    def retake(self, line: StepLine, ratio: float, steps: int) -> tuple[float | None, str]:
         """Put the parameters where a line's steps, at ``ratio`` times their learning rates, would have ended.
 
-        What is kept from between these steps moves towards where they began, as the parameters do.
+        What is kept from between these steps moves towards where they began, as the parameters do, and so do the
+        weights in the states of the optimizers. A state with weights that the steps do not move, but start from
+        again, cannot follow: a first step is undone then, and others stay. An undone first step leaves no state.
+
+        Returns:
+            The ratio at which they were taken again, ``None`` if they stay; and what to tell the user.
         """
         if ratio == 1.0:
-            return
+            return None, ""
         begin = steps - line.window
-        for step, kept in self._kept.items():
+        kept = self._kept[begin]
+        self._weights.find(kept)
+        before, along = self._kept_weights.get(begin, {}), set(line.parameters)
+        entries = [
+            (name, tensor, before.get(parameter, {}).get(name, local(kept[parameter]).to(tensor.dtype)))
+            for parameter, named in self._weights.values().items()
+            if parameter in along
+            for name, tensor in named.items()
+        ]
+        resting = _names_at_rest(entries)
+        if resting and not self._is_new:
+            return None, _RESTING.format(names=", ".join(map(repr, resting)), done="stays as it is")
+        if resting:
+            ratio = 0.0
+        if ratio == 0.0 and self._is_new and line.window == 1:
+            entries = []
+            for optimizer in self._optimizers:
+                optimizer.state.clear()
+        for step in self._kept:
             if begin < step < steps:
-                for parameter, value in kept.items():
-                    if (before := self._kept[begin].get(parameter)) is not None:  # else it joined later
-                        torch.lerp(local(before), local(value), ratio, out=local(value))
+                _shorten(self._kept[step], kept, ratio)
+                for parameter, named in self._kept_weights.get(step, {}).items():
+                    _shorten(named, before.get(parameter, {}), ratio)
+        for _, tensor, value in entries:
+            _scale(value, tensor, ratio)
         for index, live in enumerate(map(local, line.parameters)):  # one by one: no copy of all is made
             line.write_one(ratio, live.clone(), live, index)
+        return ratio, _RESTING.format(names=", ".join(map(repr, resting)), done="is undone") if resting else ""
+
+    def drop_all(self) -> None:
+        """Drop what is kept, as where lines from there would go through what no step did."""
+        self._kept, self._kept_weights = {}, {}
 
     def drop_used(self, steps: int) -> None:
         """Drop what no probe after so many steps needs."""
         self._kept = {
             step: kept for step, kept in self._kept.items() if self._schedule.windows_from(step, now=steps)
         }
+        self._kept_weights = {step: kept for step, kept in self._kept_weights.items() if step in self._kept}
 
     def state(self) -> dict[str, Any]:
         """Return the open windows: the value of each parameter, ``None`` where there is none."""
@@ -93,6 +147,21 @@ class Snapshots:
             for step, kept in self._kept.items()
         ]
         return {"began_warm": self.began_warm, "windows": windows}
+
+    def weights_state(self) -> dict[str, Any]:
+        """Return the weights in the states of the optimizers as they were when open windows began."""
+        parameters = self._optimizers.parameters
+        windows = [
+            (
+                step,
+                [
+                    {name: each.clone() for name, each in kept.get(parameter, {}).items()}
+                    for parameter in parameters
+                ],
+            )
+            for step, kept in self._kept_weights.items()
+        ]
+        return {"names": self._weights.state(), "windows": windows}
 
     def check(self, state: dict[str, Any]) -> None:
         """Raise a ValueError if a state is of other parameters; nothing is changed."""
@@ -107,8 +176,8 @@ class Snapshots:
                     "or their shapes or dtypes differ: load it for the model and the optimizer it was saved with"
                 )
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state` returned for the same parameters; :meth:`check` it first."""
+    def load(self, state: dict[str, Any], weights: dict[str, Any]) -> None:
+        """Take over what :meth:`state` and :meth:`weights_state` returned for the same parameters."""
         parameters = self._optimizers.parameters
         self.began_warm = state["began_warm"]
         self._kept = {
@@ -119,3 +188,36 @@ class Snapshots:
             }
             for step, values in state["windows"]
         }
+        self._kept_weights = {
+            step: {
+                parameter: {name: value.to(parameter.device, copy=True) for name, value in named.items()}
+                for parameter, named in zip(parameters, values, strict=True)
+                if named
+            }
+            for step, values in weights["windows"]
+        }
+        self._weights.load(weights["names"])
+
+
+def _shorten(ends: Mapping[Any, Tensor], begins: Mapping[Any, Tensor], ratio: float) -> None:
+    """Move values towards those that they began at; what has none joined later."""
+    for key, value in ends.items():
+        if (begin := begins.get(key)) is not None:
+            _scale(local(begin), local(value), ratio)
+
+
+def _scale(begin: Tensor, end: Tensor, ratio: float) -> None:
+    """Scale a step in place; one of length 0 is undone also where it ended at what is not finite."""
+    end.copy_(begin) if ratio == 0 else torch.lerp(begin, end, ratio, out=end)
+
+
+def _names_at_rest(entries: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
+    """Return the names of weights that steps which moved the parameters did not move."""
+    moved = {name for name, tensor, before in entries if not torch.equal(tensor, before)}
+    return sorted({name for name, *_ in entries} - moved)
+
+
+_RESTING = (
+    "the optimizer computes its steps from weights in its state ({names}) that no step moves: the step that AutoLR "
+    "would take again {done}. Start from a learning rate near the one that AutoLR finds"
+)
