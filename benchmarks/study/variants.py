@@ -6,15 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR, Rule
 from autolr_fast._calibration import start_ratio
-from autolr_fast._calibration.search import LookAt
-from autolr_fast._evaluators import Look
 from autolr_fast._isolation import Closure
 from autolr_fast._level.annealing import ANNEALINGS
-from autolr_fast._steps import Line, ProbeSchedule, candidate_parameters
+from autolr_fast._steps import ProbeSchedule, candidate_parameters
 
 __all__ = ["VARIANTS", "method_with"]
 
@@ -44,13 +40,14 @@ class Started(AutoLR):
         self._caution = caution
         self._power = power
 
-    def _search(self, line: Line, look: LookAt, now: int) -> tuple[Look, Tensor, float | None, int]:
-        found = super()._search(line, look, now)
-        if not self._calibration.is_searching(1):
+    def _probe(self, closure: Closure, window: int, now: int, *seen: Any) -> float | None:
+        retaken = super()._probe(closure, window, now, *seen)
+        if self._calibration.has_found and len(self.history) == 1:
             momentum = self.optimizer.param_groups[0].get("momentum", 0.0)
-            ratio = self._caution * (1 - momentum) ** self._power / start_ratio(self._optimizers, began_warm=False)
+            ratio = self._caution * (1 - momentum) ** self._power / start_ratio(self._optimizers.param_groups)
             self._level.start_at(self._level.value * ratio)
-        return found
+            self._level.apply(now)
+        return retaken
 
 
 class Leashed(AutoLR):
@@ -65,9 +62,9 @@ class Leashed(AutoLR):
         self._leash = leash
         self._anchor = 0.0
 
-    def _probe(self, closure: Closure, window: int, now: int, beside: Tensor | None) -> None:
+    def _probe(self, closure: Closure, window: int, now: int, *seen: Any) -> float | None:
         searching = self._calibration.is_searching(now)
-        super()._probe(closure, window, now, beside)
+        retaken = super()._probe(closure, window, now, *seen)
         level = math.log(self._level.value.item())
         if searching:
             self._anchor = level
@@ -75,6 +72,7 @@ class Leashed(AutoLR):
             drawn = self._leash * (self._anchor - level) * self._level.multiplier(now)
             self._level.start_at(math.exp(level + drawn))
             self._level.apply(now)
+        return retaken
 
 
 class Combined(AutoLR):
@@ -87,12 +85,11 @@ class Combined(AutoLR):
     def __init__(self, *args: Any, combine: Callable[[Sequence[float]], float], **options: Any):
         super().__init__(*args, **options)
         self._combine = combine
-        self._tracker.schedule = self._snapshots._schedule = _Both(**vars(self._tracker.schedule))
+        self._tracker.schedule = self._snapshots._schedule = _both(self._tracker.schedule)
 
-    def _probe(self, closure: Closure, window: int, now: int, beside: Tensor | None) -> None:
+    def _probe(self, closure: Closure, window: int, now: int, *seen: Any) -> float | None:
         if self._calibration.is_searching(now):
-            super()._probe(closure, 1, now, beside)
-            return
+            return super()._probe(closure, 1, now, *seen)
         names = candidate_parameters(self._prober.model, self._optimizers)
         said = []
         for span in sorted({min(each, now) for each in self._tracker.schedule.windows}):
@@ -106,6 +103,11 @@ class Combined(AutoLR):
         self._tracker.probed = now
         self._snapshots.drop_used(now)
         self._level.apply(now)
+        return None
+
+
+def _both(schedule: ProbeSchedule) -> _Both:
+    return _Both(schedule.every_steps, schedule.first_steps, schedule.windows, schedule.last_step)
 
 
 def _mean(said: Sequence[float]) -> float:
