@@ -107,7 +107,7 @@ class Optimizers:
         """Raise a ValueError if a state is of other optimizers."""
         if len(names) == len(self) and names != self.names():
             raise ValueError(
-                f"state_dict is of {' and '.join(names)}, and the optimizer is {' and '.join(self.names())}: a "
+                f"state_dict is of {' and '.join(names)}, and the optimizer is {names_of(self)}: a "
                 "learning rate of one means nothing to the other, so do not load the state"
             )
 
@@ -226,9 +226,8 @@ def _scales(optimizer: torch.optim.Optimizer) -> bool:
     """
     if type(optimizer).__module__.startswith("torch.optim."):
         return not isinstance(optimizer, (torch.optim.Rprop, torch.optim.ASGD))  # whose steps follow one later
-    own = (
-        vars(optimizer).keys() - vars(torch.optim.SGD([torch.zeros(1)])).keys() - {"step"}
-    )  # torch's schedulers wrap it
+    plain = vars(torch.optim.SGD([torch.zeros(1)])).keys() | {"step"}  # which torch's schedulers wrap
+    own = vars(optimizer).keys() - plain
     if not all(isinstance(vars(optimizer)[name], (int, float, str, type(None))) for name in own):
         return True
     try:

@@ -302,11 +302,12 @@ class AutoLR(LRScheduler):
         if self.last_epoch >= 0:  # else it is LRScheduler's own first call, which ends no iteration
             self._counter.end_iteration()
             self._warn_once(self._level.reclaim())
-        now, rates = self._counter.steps, self._level.rates()
-        self._join_groups(now)
+        now = self._counter.steps
         replay, own = self._losses.take(now)
         closure, own = (closure, None) if closure is not None else (replay, own)
         window = self._tracker.window_due(now)
+        lr_before = self._level.rates() if window is not None else []
+        self._join_groups(now)
         if now == self.last_epoch and (closure is None or window is None):
             return
         self._warn_once(self._tracker.missed(range(max(self.last_epoch, 0), now)))
@@ -318,7 +319,7 @@ class AutoLR(LRScheduler):
         if closure is not None and window is not None:
             self._tracker.offered = now
             with self._counter.refusing_steps():
-                retaken = self._probe(closure, window, now, self._losses.seen(own), rates)
+                retaken = self._probe(closure, window, now, self._losses.seen(own), lr_before)
         self._hooks.leave(now, retaken is not None)
         self.last_epoch = now
         self._step_count = now + 1

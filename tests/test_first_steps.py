@@ -36,6 +36,14 @@ class Stray(torch.optim.Optimizer):
                     parameter.add_(along.view_as(parameter), alpha=group["lr"])
 
 
+def moving(optimizer):
+    """Each parameter that has a gradient, with its group and its state."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                yield parameter, group, optimizer.state[parameter]
+
+
 class KeepsWeights(torch.optim.Optimizer):
     """Steps a copy of the weights, and trains at a point between that and their average, as Schedule-Free does."""
 
@@ -44,17 +52,13 @@ class KeepsWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["z"], state["average"], state["k"] = parameter.clone(), parameter.clone(), 0
-                state["k"] += 1
-                state["z"].sub_(parameter.grad, alpha=group["lr"])
-                state["average"].lerp_(state["z"], 1 / state["k"])
-                parameter.copy_(state["z"].lerp(state["average"], group["beta"]))
+        for parameter, group, state in moving(self):
+            if not state:
+                state["z"], state["average"], state["k"] = parameter.clone(), parameter.clone(), 0
+            state["k"] += 1
+            state["z"].sub_(parameter.grad, alpha=group["lr"])
+            state["average"].lerp_(state["z"], 1 / state["k"])
+            parameter.copy_(state["z"].lerp(state["average"], group["beta"]))
 
 
 class MasterCopy(torch.optim.Optimizer):
@@ -65,15 +69,11 @@ class MasterCopy(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["master"] = parameter.to(torch.float64, copy=not group["shares"])
-                state["master"].sub_(parameter.grad, alpha=group["lr"])
-                parameter.copy_(state["master"])
+        for parameter, group, state in moving(self):
+            if not state:
+                state["master"] = parameter.to(torch.float64, copy=not group["shares"])
+            state["master"].sub_(parameter.grad, alpha=group["lr"])
+            parameter.copy_(state["master"])
 
 
 OPTIMIZERS = {

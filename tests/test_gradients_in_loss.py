@@ -78,6 +78,23 @@ def start(evaluator="inplace", **options):
     return model, optimizer, AutoLR(optimizer, model, evaluator=evaluator, **{**EACH_STEP, **options})
 
 
+def take_a_step(model, optimizer, scheduler, *, loss_of, way, evaluator):
+    """Take a step whose probe sees the losses of copies, or is refused; return whether it is."""
+    x, prev = torch.randn(12, 2), parameters_of(model)
+    closure = lambda: loss_of(model, x)  # noqa: E731
+    optimizer.zero_grad()
+    (scheduler.loss(closure) if way == "loss" else closure()).backward()
+    optimizer.step()
+    left, refused = everything(model, optimizer), (loss_of, evaluator) in REFUSED
+    with pytest.raises(EvaluatorError, match="'inplace' works") if refused else contextlib.nullcontext():
+        scheduler.step(*([closure] if way == "step" else []))
+    assert_same(left, everything(model, optimizer))
+    if not refused:
+        expected = losses_of_copies(model, prev, FACTORS_5, with_gradients(loss_of, x))
+        assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-5)
+    return refused
+
+
 @pytest.mark.parametrize("evaluator", ["auto", *NAMED])
 @pytest.mark.parametrize("way", ["loss", "step"])
 @pytest.mark.parametrize("loss_of", LOSSES)
@@ -85,18 +102,8 @@ def test_losses_are_those_that_training_computes(loss_of, way, evaluator):
     model, optimizer, scheduler = start(evaluator)
     model.eval()  # no noise: both ways see one loss
     for step in (1, 2):
-        x, prev = torch.randn(12, 2), parameters_of(model)
-        closure = lambda x=x: loss_of(model, x)  # noqa: E731
-        optimizer.zero_grad()
-        (scheduler.loss(closure) if way == "loss" else closure()).backward()
-        optimizer.step()
-        left, refused = everything(model, optimizer), (loss_of, evaluator) in REFUSED
-        with pytest.raises(EvaluatorError, match="'inplace' works") if refused else contextlib.nullcontext():
-            scheduler.step(*([closure] if way == "step" else []))
-        assert_same(left, everything(model, optimizer))
+        refused = take_a_step(model, optimizer, scheduler, loss_of=loss_of, way=way, evaluator=evaluator)
         if not refused:
-            expected = losses_of_copies(model, prev, FACTORS_5, with_gradients(loss_of, x))
-            assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-5)
             assert scheduler.last_probe.step == step
             assert evaluator in ("auto", scheduler.last_probe.evaluator)
 
@@ -145,18 +152,7 @@ def test_a_penalty_now_and_then(every, way, evaluator):
     model.eval()
     for step in range(1, 7):
         loss_of = penalised if step % every == 0 else lambda model, x: model(x).square().mean()
-        x, prev = torch.randn(12, 2), parameters_of(model)
-        closure = lambda x=x, loss_of=loss_of: loss_of(model, x)  # noqa: E731
-        optimizer.zero_grad()
-        (scheduler.loss(closure) if way == "loss" else closure()).backward()
-        optimizer.step()
-        left, refused = everything(model, optimizer), (loss_of, evaluator) in REFUSED
-        with pytest.raises(EvaluatorError, match="'inplace' works") if refused else contextlib.nullcontext():
-            scheduler.step(*([closure] if way == "step" else []))
-        assert_same(left, everything(model, optimizer))
-        if not refused:
-            expected = losses_of_copies(model, prev, FACTORS_5, with_gradients(loss_of, x))
-            assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-5)
+        take_a_step(model, optimizer, scheduler, loss_of=loss_of, way=way, evaluator=evaluator)
 
 
 def adapted(model, x):

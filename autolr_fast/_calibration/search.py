@@ -156,7 +156,6 @@ class _Scan:
     Args:
         look: from ratios to what these candidates say.
         at_once: candidates of a look.
-
     """
 
     def __init__(self, look: LookAt, at_once: int):

@@ -110,7 +110,7 @@ class Snapshots:
         ]
         resting = _names_at_rest(entries)
         if resting and not self._is_new:
-            return None, _RESTING.format(names=", ".join(map(repr, resting)), done="stays as it is")
+            return None, _told_of(resting, "stays as it is")
         if resting:
             ratio = 0.0
         if ratio == 0.0 and self._is_new and line.window == 1:
@@ -126,7 +126,7 @@ class Snapshots:
             _scale(value, tensor, ratio)
         for index, live in enumerate(map(local, line.parameters)):  # one by one: no copy of all is made
             line.write_one(ratio, live.clone(), live, index)
-        return ratio, _RESTING.format(names=", ".join(map(repr, resting)), done="is undone") if resting else ""
+        return ratio, _told_of(resting, "is undone") if resting else ""
 
     def drop_all(self) -> None:
         """Drop what is kept, as where lines from there would go through what no step did."""
@@ -217,7 +217,10 @@ def _names_at_rest(entries: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
     return sorted({name for name, *_ in entries} - moved)
 
 
-_RESTING = (
-    "the optimizer computes its steps from weights in its state ({names}) that no step moves: the step that AutoLR "
-    "would take again {done}. Start from a learning rate near the one that AutoLR finds"
-)
+def _told_of(resting: Sequence[str], done: str) -> str:
+    """Return what to tell the user of a step that could not be taken again."""
+    names = ", ".join(map(repr, resting))
+    return (
+        f"the optimizer computes its steps from weights in its state ({names}) that no step moves: the step that "
+        f"AutoLR would take again {done}. Start from a learning rate near the one that AutoLR finds"
+    )

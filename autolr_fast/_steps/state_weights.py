@@ -36,12 +36,12 @@ class StateWeights:
 
     def find(self, before: Mapping[nn.Parameter, Tensor] | None = None) -> None:
         """Compare the entries with the parameters, and what they were before, unless that was done already."""
-        now = {parameter: parameter.detach() for parameter in self._optimizers.parameters}
         if not all(map(has_state, self._optimizers)):
             return
         for index, optimizer in enumerate(self._optimizers):
             names = _names_in(optimizer)
             if names != self._compared.get(index):  # some come later, as a Lookahead's
+                now = {parameter: parameter.detach() for parameter in self._optimizers.parameters}
                 found = _names_near(optimizer, now, may_be_parallel=True)
                 found |= _names_near(optimizer, before or {}, may_be_parallel=False)
                 known = self._compared.get(index, set())
@@ -60,9 +60,9 @@ class StateWeights:
     def values(self) -> Values:
         """Return the live tensors that hold weights."""
         found: Values = {}
-        for index, names in self._names.items():
-            for parameter, name, tensor in _entries(list(self._optimizers)[index]):
-                if name in names:
+        for index, optimizer in enumerate(self._optimizers):
+            for parameter, name, tensor in _entries(optimizer) if self._names.get(index) else ():
+                if name in self._names[index]:
                     found.setdefault(parameter, {})[name] = tensor
         return found
 
