@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Block", "CharacterTransformer", "mlp", "wide_mlp"]
+__all__ = ["Adapted", "Block", "CharacterTransformer", "mlp", "wide_mlp"]
 
 
 def mlp() -> nn.Sequential:
@@ -88,6 +88,30 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, is_causal=self.causal)
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Adapted(nn.Module):
+    """A linear layer that stays, and a product of two thin matrices that is added to it; nothing at first.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+
+    Args:
+        layer: what stays.
+        rank: of the product.
+        scale: by which it is multiplied.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int, scale: float):
+        super().__init__()
+        self.layer = layer
+        self.scale = scale
+        self.down = nn.Linear(layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., outputs] of [..., inputs]."""
+        return self.layer(x) + self.scale * self.up(self.down(x))
 
 
 def _dropout(share: float) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from ..models import CharacterTransformer
+from ..models import Adapted, CharacterTransformer
 from .players import Player, Setting
 
 __all__ = ["adapt"]
@@ -51,28 +51,13 @@ class Chain:
         return (torch.stack(tokens, dim=1) + shift) % _TOKENS
 
 
-class Adapted(nn.Module):
-    """A linear layer that stays, and a product of two thin matrices that is added to it; nothing at first."""
-
-    def __init__(self, layer: nn.Linear):
-        super().__init__()
-        self.layer = layer
-        self.down = nn.Linear(layer.in_features, _RANK, bias=False)
-        self.up = nn.Linear(_RANK, layer.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [..., outputs] of [..., inputs]."""
-        return self.layer(x) + _SCALE * self.up(self.down(x))
-
-
 def insert_adapters(model: CharacterTransformer) -> list[nn.Parameter]:
     """Freeze the model, adapt each linear layer of its blocks, and return what is trained."""
     model.requires_grad_(False)
     for module in list(model.blocks.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Linear):
-                setattr(module, name, Adapted(layer))
+                setattr(module, name, Adapted(layer, _RANK, _SCALE))
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = ["Batches", "DataError", "Dataset", "load_dataset"]
+__all__ = ["Batches", "DataError", "Dataset", "load_dataset", "save_atomically"]
 
 _LABELS = ("label", "fine_label")  # CIFAR-10's column, CIFAR-100's
 _PADDING = 4  # pixels on each side, of which the random crop takes some away
@@ -141,7 +141,7 @@ def load_dataset(directory: Path, cache: Path, option: str = "--data") -> Datase
     for tensor in tensors:
         digest.update(tensor.numpy().tobytes())
     dataset = Dataset(*tensors, digest.hexdigest())
-    _save_atomically(tuple(dataset), cached)
+    save_atomically(tuple(dataset), cached)
     return dataset
 
 
@@ -150,9 +150,10 @@ def _cache_key(paths: Sequence[Path]) -> str:
     return "images-" + hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
-def _save_atomically(content: object, path: Path) -> None:
+def save_atomically(content: object, path: Path) -> None:
+    """Write what ``torch.load`` is to read; who reads meanwhile finds all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")  # several runs may decode at once
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")  # several runs may write at once
     torch.save(content, temporary)
     temporary.replace(path)
 

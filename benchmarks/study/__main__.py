@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
 from .grid import STUDIES
 from .slices import add_arguments, run_missing
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     studies = [STUDIES[name] for name in args.studies or STUDIES]
     cells = itertools.chain.from_iterable(study.cells(range(args.seeds)) for study in studies)
-    run_missing(train, cells, args.results / "runs.jsonl", args, parser)
+    run_missing(partial(train, validated=["AutoLR"]), cells, args.results / "runs.jsonl", args, parser)
 
 
 def _study(name: str) -> str:

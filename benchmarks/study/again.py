@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .data import Places
 from .slices import add_arguments, read
-from .tasks import TASKS, Places
+from .tasks import TASKS
 from .training import Cell, train
 
 __all__ = ["choose", "main"]

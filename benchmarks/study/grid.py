@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from .methods import AFTER_STEP, MUON_AND_ADAMW, OPTIMIZERS
+from .methods import AFTER_STEP, HELD_BACK, MUON_AND_ADAMW, OPTIMIZERS, WARMED_UP
 from .tasks import TASKS
 from .training import Cell
 from .variants import VARIANTS, method_with
@@ -16,41 +16,59 @@ __all__ = [
     "DETERMINISTIC",
     "DROPOUT",
     "FEW_STARTS",
+    "FINE_TUNED",
+    "FROM_SCRATCH",
+    "GROUPS",
     "LENGTHS",
+    "NOISY",
     "PAIRED",
-    "REFERENCE",
-    "STARTED",
+    "RATES",
+    "SCHEDULES",
     "STARTS",
     "STUDIES",
     "TUNED",
-    "UNGUARDED",
+    "WRONG_LABELS",
     "Study",
+    "trained_by",
 ]
 
 DETERMINISTIC = ("digits", "noise", "friedman", "images", "transformer", "lstm")
-"""Tasks whose loss draws nothing at random: those of every study that does not name its own."""
-STARTED = (*DETERMINISTIC, "diffusion", "masked")
-"""Tasks that are trained from any start: also two whose loss draws noise."""
+"""Tasks of every study that does not name its own; nothing in their loss is random."""
+FROM_SCRATCH = (*DETERMINISTIC, "gru", "vit")
+NOISY = ("diffusion", "masked", "vae")
+"""Tasks whose loss draws noise."""
+FINE_TUNED = ("finetuned-images", "finetuned-text", "speakers", "speakers-adapters")
+"""Tasks that begin with weights of another training."""
+GROUPS: Mapping[str, Sequence[str]] = {
+    "From scratch": FROM_SCRATCH,
+    "Noise in the loss": NOISY,
+    "Fine-tuning": FINE_TUNED,
+}
+"""The tasks of the main study."""
+WRONG_LABELS = "noise"
+"""The task on which AutoLR watches examples held back besides."""
 DROPOUT = "dropout"
 """The task on which probes have the masks of the step, or masks of their own."""
 PAIRED = "transformer"
 """The task that two optimizers train."""
-REFERENCE = AFTER_STEP
-"""AutoLR that the variants are compared with; other batches and longer trainings are of this one too."""
 STARTS = (1e-6, 1e-4, 1e-2, 1.0, 10.0)
 """Where AutoLR starts."""
 FEW_STARTS = (1e-4, 1.0)
 """Where it starts with one thing changed, with other batches and in longer trainings."""
+SCHEDULES = ("cosine", "one cycle", WARMED_UP)
+"""What AutoLR is compared with in the main study, each from its best rate."""
 TUNED = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
-"""What a schedule is tuned over."""
+"""What a schedule is tuned over in other studies."""
+RATES: Mapping[str, Sequence[float]] = {
+    "SGD": TUNED[3:],
+    "momentum": TUNED[2:],
+    "AdamW": (1e-4, *TUNED[:6]),
+    MUON_AND_ADAMW: TUNED,
+}
+"""What a schedule is tuned over in the main study, by optimizer."""
 BATCH_SIZES = (8, 32, 128, 512)
 LENGTHS = (2, 5, 20)
 """How many times as many steps as the task has."""
-UNGUARDED: Mapping[str, Mapping[str, int]] = {
-    "in batches of 8": {"batch_size": 8},
-    "five times as long": {"length": 5},
-}
-"""Where it is trained without a guard besides."""
 _OUTSIDE = (1e-6, 1e-5, 1e-4, 10.0)
 _PEERS = {"D-Adaptation": OPTIMIZERS, "Prodigy": ("AdamW",), "DoG": ("SGD",), "SaLSA": ("AdamW",)}
 
@@ -67,6 +85,11 @@ class Study(NamedTuple):
     cells: Callable[[Sequence[int]], Iterable[Cell]]
 
 
+def trained_by(task: str) -> Sequence[str]:
+    """Return the optimizers that train a task."""
+    return [name for name in OPTIMIZERS if not (name == "SGD" and task in FINE_TUNED)]
+
+
 def _grid(
     methods: Iterable[str], lrs: Iterable[float], tasks: Sequence[str] = DETERMINISTIC
 ) -> Callable[[Sequence[int]], Iterable[Cell]]:
@@ -79,9 +102,15 @@ def _grid(
 
 
 def _starts(seeds: Sequence[int]) -> Iterable[Cell]:
+    tasks = list(itertools.chain(*GROUPS.values()))
+    trained = [(task, optimizer) for task in tasks for optimizer in trained_by(task)]
     for seed in seeds:
-        yield from _grid(["AutoLR"], STARTS, STARTED)([seed])
-        yield from _grid(["cosine"], TUNED, STARTED)([seed])
+        for (task, optimizer), lr in itertools.product(trained, STARTS):
+            yield Cell(task, optimizer, "AutoLR", lr, seed)
+        yield from _grid([HELD_BACK], STARTS, [WRONG_LABELS])([seed])
+        for method, (task, optimizer) in itertools.product(SCHEDULES, trained):
+            for lr in RATES[optimizer]:
+                yield Cell(task, optimizer, method, lr, seed)
 
 
 def _peers(seeds: Sequence[int]) -> Iterable[Cell]:
@@ -99,7 +128,7 @@ def _batches(seeds: Sequence[int]) -> Iterable[Cell]:
     for seed, task, optimizer, size in itertools.product(seeds, DETERMINISTIC, OPTIMIZERS, BATCH_SIZES):
         if size != TASKS[task].batch_size:
             for lr in FEW_STARTS:
-                yield Cell(task, optimizer, REFERENCE, lr, seed, batch_size=size)
+                yield Cell(task, optimizer, "AutoLR", lr, seed, batch_size=size)
             for lr in TUNED:
                 yield Cell(task, optimizer, "cosine", lr, seed, batch_size=size)
 
@@ -107,34 +136,25 @@ def _batches(seeds: Sequence[int]) -> Iterable[Cell]:
 def _lengths(seeds: Sequence[int]) -> Iterable[Cell]:
     for seed, length, task, optimizer in itertools.product(seeds, LENGTHS, DETERMINISTIC, OPTIMIZERS):
         for lr in FEW_STARTS:
-            yield Cell(task, optimizer, REFERENCE, lr, seed, length=length)
+            yield Cell(task, optimizer, "AutoLR", lr, seed, length=length)
         for lr in TUNED:
             yield Cell(task, optimizer, "cosine", lr, seed, length=length)
 
 
-def _unguarded(seeds: Sequence[int]) -> Iterable[Cell]:
-    for seed, setting, task, optimizer in itertools.product(seeds, UNGUARDED.values(), DETERMINISTIC, OPTIMIZERS):
-        for method, lr in itertools.product((method_with("not guarded"), REFERENCE), FEW_STARTS):
-            yield Cell(task, optimizer, method, lr, seed, **setting)
-
-
 def _paired(seeds: Sequence[int]) -> Iterable[Cell]:
-    for seed, (method, lrs) in itertools.product(seeds, (("AutoLR", STARTS), ("cosine", TUNED))):
+    for seed, (method, lrs) in itertools.product(seeds, (("AutoLR", STARTS), ("cosine", RATES[MUON_AND_ADAMW]))):
         for lr in lrs:
             yield Cell(PAIRED, MUON_AND_ADAMW, method, lr, seed)
 
 
 STUDIES: Mapping[str, Study] = {
-    "starts": Study("AutoLR from any start, and the cosine schedule over a grid", _starts),
+    "starts": Study("AutoLR from any start, and three schedules over a grid", _starts),
     "outside": Study("The cosine schedule far from its best rates", _grid(["cosine"], _OUTSIDE)),
-    "variants": Study("AutoLR with one thing changed", _grid([REFERENCE, *map(method_with, VARIANTS)], FEW_STARTS)),
-    "schedules": Study(
-        "Other schedules over the grid", _grid(["constant", "linear", "step", "one cycle", "plateau"], TUNED)
-    ),
+    "variants": Study("AutoLR with one thing changed", _grid(["AutoLR", *map(method_with, VARIANTS)], FEW_STARTS)),
+    "schedules": Study("Other schedules over the grid", _grid(["constant", "linear", "step", "plateau"], TUNED)),
     "peers": Study("Optimizers that need no learning rate", _peers),
     "batches": Study("Batches of 8 to 512", _batches),
     "lengths": Study("Two, five and twenty times as long", _lengths),
-    "guard": Study(f"Without a guard, {' and '.join(UNGUARDED)}", _unguarded),
     "optimizers": Study("Two optimizers for one model", _paired),
     "replay": Study("Dropout's masks replayed, or not", _grid(["AutoLR", AFTER_STEP], FEW_STARTS, [DROPOUT])),
 }

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from autolr_fast import AutoLR
 from autolr_fast.demo import BASELINES
 
 from .variants import VARIANTS, method_with
 
-__all__ = ["AFTER_STEP", "METHODS", "MUON_AND_ADAMW", "OPTIMIZERS", "Training"]
+__all__ = ["AFTER_STEP", "HELD_BACK", "METHODS", "MUON_AND_ADAMW", "OPTIMIZERS", "WARMED_UP", "Training"]
 
 Closure = Callable[[], Tensor]
 
@@ -31,6 +31,10 @@ MUON_AND_ADAMW = "Muon and AdamW"
 """Two optimizers of one learning rate, Muon of the blocks' matrices and AdamW of the rest: for transformers."""
 AFTER_STEP = method_with("closure after the step")
 """AutoLR that is given the closure after the step, so that its probes draw noise of their own."""
+HELD_BACK = "AutoLR, held back"
+"""AutoLR that watches the loss of a tenth of the training examples, and stops when it has annealed."""
+WARMED_UP = "linear with warm-up"
+"""Up in a straight line over a twentieth of the steps, then down to zero."""
 
 
 class Training:
@@ -53,6 +57,14 @@ class Training:
     def lr(self) -> float:
         """The learning rate of the next step."""
         return float(self.optimizers[0].param_groups[0]["lr"])
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the training is at an end before its last step."""
+        return False
+
+    def watch(self, loss: Tensor) -> None:
+        """See the loss on examples held back."""
 
     def step(self, closure: Closure) -> Tensor:
         """Take a step on the batch whose loss the closure returns; return the loss before it."""
@@ -88,6 +100,19 @@ class Automatic(Training):
 
     def _loss(self, closure: Closure) -> Tensor:
         return self._auto.loss(closure)
+
+
+class Watching(Automatic):
+    """AutoLR that is told the loss on examples held back, and ends the training."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether AutoLR has annealed."""
+        return self._auto.has_ended
+
+    def watch(self, loss: Tensor) -> None:
+        """Let AutoLR see the loss."""
+        self._auto.watch(loss)
 
 
 class AfterStep(Automatic):
@@ -177,12 +202,16 @@ Build = Callable[[nn.Module, str, float, int], Training]
 """From model, name of the optimizer, lr0 and the number of steps to a training."""
 
 
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def _optimizers(model: nn.Module, name: str, lr: float) -> list[Optimizer]:
     if name != MUON_AND_ADAMW:
-        return [OPTIMIZERS[name](model.parameters(), lr=lr)]
-    matrices = [parameter for parameter in model.get_submodule("blocks").parameters() if parameter.ndim == 2]
+        return [OPTIMIZERS[name](_trained(model), lr=lr)]
+    matrices = [parameter for parameter in _trained(model.get_submodule("blocks")) if parameter.ndim == 2]
     taken = set(matrices)
-    rest = [parameter for parameter in model.parameters() if parameter not in taken]
+    rest = [parameter for parameter in _trained(model) if parameter not in taken]
     return [
         torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr),
@@ -202,6 +231,11 @@ def _one_cycle(optim: Optimizer, lr: float, total: int) -> OneCycleLR:
     return OneCycleLR(optim, max_lr=lr, total_steps=total + 1, cycle_momentum=not plain)
 
 
+def _warmed_up(optim: Optimizer, _: float, total: int) -> LambdaLR:
+    rise = max(1, total // 20)
+    return LambdaLR(optim, lambda step: min((step + 1) / rise, (total - step) / (total - rise)))
+
+
 def _auto(loop: type[Automatic], kind: Callable[..., AutoLR] = AutoLR, **options: Any) -> Build:
     def build(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
         optimizers = _optimizers(model, optimizer, lr)
@@ -213,23 +247,23 @@ def _auto(loop: type[Automatic], kind: Callable[..., AutoLR] = AutoLR, **options
 
 
 def _plateau(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
-    return Plateau(OPTIMIZERS[optimizer](model.parameters(), lr=lr), total)
+    return Plateau(OPTIMIZERS[optimizer](_trained(model), lr=lr), total)
 
 
 def _d_adaptation(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
     from dadaptation import DAdaptAdam, DAdaptSGD  # noqa: PLC0415
 
     if optimizer == "AdamW":
-        optim = DAdaptAdam(model.parameters(), lr=lr, weight_decay=0.01, decouple=True)
+        optim = DAdaptAdam(_trained(model), lr=lr, weight_decay=0.01, decouple=True)
     else:
-        optim = DAdaptSGD(model.parameters(), lr=lr, momentum=0.9 if optimizer == "momentum" else 0.0)
+        optim = DAdaptSGD(_trained(model), lr=lr, momentum=0.9 if optimizer == "momentum" else 0.0)
     return Training([optim], [BASELINES["cosine"](optim, total)])
 
 
 def _prodigy(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
     from prodigyopt import Prodigy  # noqa: PLC0415
 
-    optim = Prodigy(model.parameters(), lr=lr, weight_decay=0.01)
+    optim = Prodigy(_trained(model), lr=lr, weight_decay=0.01)
     return Training([optim], [BASELINES["cosine"](optim, total)])
 
 
@@ -237,30 +271,30 @@ def _schedule_free(model: nn.Module, optimizer: str, lr: float, total: int) -> T
     from schedulefree import AdamWScheduleFree, SGDScheduleFree  # noqa: PLC0415
 
     if optimizer == "AdamW":
-        return ScheduleFree(
-            AdamWScheduleFree(model.parameters(), lr=lr, weight_decay=0.01, warmup_steps=total // 20)
-        )
-    return ScheduleFree(SGDScheduleFree(model.parameters(), lr=lr, warmup_steps=total // 20))
+        return ScheduleFree(AdamWScheduleFree(_trained(model), lr=lr, weight_decay=0.01, warmup_steps=total // 20))
+    return ScheduleFree(SGDScheduleFree(_trained(model), lr=lr, warmup_steps=total // 20))
 
 
 def _dog(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
     from dog import DoG, PolynomialDecayAverager  # noqa: PLC0415
 
-    return Averaged(DoG(model.parameters(), lr=lr), PolynomialDecayAverager(model))
+    return Averaged(DoG(_trained(model), lr=lr), PolynomialDecayAverager(model))
 
 
 def _salsa(model: nn.Module, optimizer: str, lr: float, total: int) -> Training:
     from salsa.SaLSA import SaLSA  # noqa: PLC0415
 
-    return LineSearch(SaLSA(model.parameters(), init_step_size=lr))
+    return LineSearch(SaLSA(_trained(model), init_step_size=lr))
 
 
 METHODS: Mapping[str, Build] = {
     "AutoLR": _auto(Automatic),
     AFTER_STEP: _auto(AfterStep),
-    **{method_with(name): _auto(AfterStep, kind, **options) for name, (kind, options) in VARIANTS.items()},
+    HELD_BACK: _auto(Watching),
+    **{method_with(name): _auto(Automatic, kind, **options) for name, (kind, options) in VARIANTS.items()},
     **{name: _scheduled(lambda optim, _, total, make=make: make(optim, total)) for name, make in BASELINES.items()},
     "one cycle": _scheduled(_one_cycle),
+    WARMED_UP: _scheduled(_warmed_up),
     "plateau": _plateau,
     "D-Adaptation": _d_adaptation,
     "Prodigy": _prodigy,

@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from autolr_fast.demo import BASELINES
-
-from .grid import TUNED
+from .grid import RATES, TUNED
 from .tasks import TASKS
 
 __all__ = [
@@ -39,7 +37,9 @@ class Outcome:
         results: lr0 -> seed -> result.
         training: lr0 -> median training loss of the last tenth.
         extra: median share by which the scheduler lengthens the training.
-        seeds: how many there are of the start with the fewest, of schedules among those that they are tuned over.
+        grid: rates that a schedule is tuned over.
+        validation: the highest loss on the test examples in the first fifth of a training, in units of that before
+            it; ``None`` if it was not measured.
     """
 
     def __init__(self, rows: Sequence[Row]):
@@ -51,22 +51,35 @@ class Outcome:
             self.results[lr] = {row["seed"]: lost if row["result"] is None else row["result"] for row in of_lr}
             losses = [math.inf if row["loss"] is None else row["loss"] for row in of_lr]
             self.training[lr] = statistics.median(losses)
-        tuned = rows[0]["method"] in BASELINES
-        self.seeds = min(len(by_seed) for lr, by_seed in self.results.items() if lr in TUNED or not tuned)
         self.extra = statistics.median(row["scheduling"] / (row["seconds"] - row["scheduling"]) for row in rows)
+        is_main = (rows[0]["batch_size"], rows[0]["length"]) == (0, 1)
+        self.grid = RATES[rows[0]["optimizer"]] if is_main else TUNED
+        ratios = [ratio for row in rows for ratio in row.get("validation") or ()]
+        self.validation = max((math.inf if ratio is None else ratio for ratio in ratios), default=None)
 
-    def best(self, without: int | None = None) -> tuple[float, float]:
+    @property
+    def is_tuned(self) -> bool:
+        """Whether it was run from a rate that a schedule is tuned over."""
+        return any(lr in self.grid for lr in self.results)
+
+    def best(self, without: int | None = None, seeds: Collection[int] = ()) -> tuple[float, float]:
         """Return the start with the best median among those that a schedule is tuned over, and that.
+
+        A start has no chance with less than half as many seeds as another: it may only have been lucky.
 
         Args:
             without: a seed that has no say.
+            seeds: that a start must have been run with.
         """
-        choose = max if TASKS[self.task].measure == "accuracy" else min
+        in_grid = {lr: by_seed for lr, by_seed in self.results.items() if lr in self.grid}
+        fewest = max(map(len, in_grid.values())) / 2
         tuned = {
-            lr: statistics.median(result for seed, result in by_seed.items() if seed != without)
-            for lr, by_seed in self.results.items()
-            if lr in TUNED
+            lr: statistics.median(of_others)
+            for lr, by_seed in in_grid.items()
+            if len(by_seed) >= fewest and by_seed.keys() >= set(seeds)
+            if (of_others := [result for seed, result in by_seed.items() if seed != without])
         }
+        choose = max if TASKS[self.task].measure == "accuracy" else min
         lr = choose(tuned, key=tuned.__getitem__)
         return lr, tuned[lr]
 
@@ -75,25 +88,29 @@ class Outcome:
 
         Args:
             tuned: the other.
-            held_out: whether the seed that is compared has no say in which start is the best.
+            held_out: whether the seed that is compared has no say in which start is the best; needs two seeds.
         """
+        references = tuned.results[tuned.best()[0]]
         if held_out:
-            common = set.intersection(*(set(by_seed) for lr, by_seed in tuned.results.items() if lr in TUNED))
-            references = {seed: tuned.results[tuned.best(seed)[0]][seed] for seed in common}
-        else:
-            references = tuned.results[tuned.best()[0]]
-        return {
-            lr: {seed: gain(self.task, by_seed[seed], references[seed]) for seed in by_seed if seed in references}
-            for lr, by_seed in self.results.items()
-        }
+            references = {seed: tuned.results[tuned.best(seed, references)[0]][seed] for seed in references}
+        return self._gains(dict.fromkeys(self.results, references))
 
     def changes(self, other: Outcome) -> Gains:
         """Return by how much each run is better than another's of the same seed from the same start."""
-        return {
-            lr: {seed: gain(self.task, by_seed[seed], theirs[seed]) for seed in by_seed if seed in theirs}
+        return self._gains(other.results)
+
+    def _gains(self, references: Mapping[float, Mapping[int, float]]) -> Gains:
+        """Return the gains over the results that there are of the same start and seed."""
+        gains = {
+            lr: {
+                seed: gain(self.task, result, references[lr][seed])
+                for seed, result in by_seed.items()
+                if seed in references[lr]
+            }
             for lr, by_seed in self.results.items()
-            if (theirs := other.results.get(lr))
+            if lr in references
         }
+        return {lr: by_seed for lr, by_seed in gains.items() if by_seed}
 
 
 def _by_start(rows: Sequence[Row]) -> list[tuple[float, list[Row]]]:

@@ -1,14 +1,14 @@
-"""What the losses say at a rate, and what came of that rate: ``python -m benchmarks.study.signals --help``.
+"""The heat at a rate, and what came of that rate: ``python -m benchmarks.study.signals --help``.
 
-Trains under the cosine schedule from each rate of the grid and only watches: at every twentieth step it evaluates
-the loss along several lines, at several scales, and moves nothing. A signal is worth following if it calls for a
-higher rate where the rate was too low for the result, and for a lower one where it was too high.
+Trains under the cosine schedule from each rate of the grid and only watches: every ten steps it takes the heat as
+AutoLR does, and moves nothing. ``heat.py`` draws it.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import math
+import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .grid import DETERMINISTIC, TUNED
-from .methods import OPTIMIZERS
+from autolr_fast._level.heat import Heat
+
+from .data import Places, batch
+from .grid import GROUPS, RATES, trained_by
 from .slices import add_arguments, run_missing
-from .tasks import Places, Task, batch, evaluate
+from .tasks import Task, evaluate
 from .training import Cell, set_up
 
-__all__ = ["watch"]
+__all__ = ["AVERAGED", "QUARTERS", "watch"]
 
-SCALES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-_EVERY = 20
-_QUARTERS = 4
+AVERAGED = 10
+"""Steps between the parameters whose mean shows the heat, and from one heat to the next."""
+QUARTERS = 4
 State = Mapping[str, Tensor]
 
 
@@ -36,62 +38,49 @@ def watch(cell: Cell, places: Places) -> dict[str, Any]:
     """Train and watch.
 
     Returns:
-        The cell, its ``result``, and ``signals``: name -> quarter -> mean loss at each of ``SCALES``, ``None``
-        where nothing was looked at. ``own w`` is the line over the last w steps on the batch of the last;
-        ``next w`` is that line on the batch after it; ``before`` is the last step but one, scaled while the last
-        stays as it was, on the batch of the last.
+        The cell, its ``result`` (``None`` if it is not finite), and ``ratios``: of each quarter of the training the
+        median heat in units of the gain, ``None`` where there is none or the training gains nothing.
     """
     task, data, model, training, size, total = set_up(cell, places)
-    history: deque[State] = deque(maxlen=5)
-    sums: dict[str, list[list[Tensor]]] = {}
+    heat = Heat(math.inf, torch.device("cpu"))
+    before: deque[State] = deque(maxlen=AVERAGED + 1)  # each step
+    ratios: list[list[float]] = [[] for _ in range(QUARTERS)]
     for step in range(total):
-        due = step % _EVERY
-        if due >= _EVERY - 5:
-            history.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        before.append(
+            {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+        )
         x, y = batch(data, step, size, cell.seed)
-        training.step(partial(task.loss, model, x, y))
-        if due == _EVERY - 1:
-            now = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            following = batch(data, step + 1, size, cell.seed)
-            for name, losses in _look(task, model, [*history, now], (x, y), following).items():
-                quarters = sums.setdefault(name, [[] for _ in range(_QUARTERS)])
-                quarters[_QUARTERS * step // total].append(losses)
+        noise = torch.get_rng_state()
+        loss = training.step(partial(task.loss, model, x, y))
+        if not loss.isfinite():
+            break
+        heat.add_loss(loss, step + 1)
+        if step % AVERAGED == AVERAGED - 1 and step >= AVERAGED:
+            ratio = _heat(task, model, before, (x, y), noise) / heat.gain.item()
+            ratios[QUARTERS * step // total].append(ratio if heat.gain > 0 else math.inf)
+    result = evaluate(task, training.tested(model), data)
+    medians = [statistics.median(of_quarter) if of_quarter else math.inf for of_quarter in ratios]
     return {
         **cell._asdict(),
-        "result": evaluate(task, model, data),
-        "signals": {
-            name: [torch.stack(losses).mean(0).tolist() if losses else None for losses in quarters]
-            for name, quarters in sums.items()
-        },
+        "result": result if math.isfinite(result) and loss.isfinite() else None,
+        "ratios": [float(f"{median:.4g}") if math.isfinite(median) else None for median in medians],
     }
 
 
 @torch.no_grad()
-def _look(
-    task: Task,
-    model: nn.Module,
-    states: Sequence[State],
-    own: tuple[Tensor, Tensor],
-    following: tuple[Tensor, Tensor],
-) -> dict[str, Tensor]:
-    *_, before2, before, now = states
-    lines: dict[str, tuple[State, State, tuple[Tensor, Tensor]]] = {}
-    for window in (1, 2, 3, 4):
-        start = states[-1 - window]
-        direction = {name: now[name] - start[name] for name in now}
-        lines[f"own {window}"] = (direction, now, own)
-        if window <= 2:
-            lines[f"next {window}"] = (direction, now, following)
-    lines["before"] = ({name: before[name] - before2[name] for name in now}, now, own)
-    found = {}
-    for name, (direction, end, examples) in lines.items():
-        losses = []
-        for scale in SCALES:
-            candidate = {key: end[key] + (scale - 1) * direction[key] for key in end}
-            buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
-            losses.append(task.loss(partial(functional_call, model, {**candidate, **buffers}), *examples))
-        found[name] = torch.stack(losses)
-    return found
+def _heat(
+    task: Task, model: nn.Module, before: Sequence[State], examples: tuple[Tensor, Tensor], noise: Tensor
+) -> float:
+    """Return by how much the mean of the oldest and the newest parameters is better than the newest."""
+    older, newer = before[0], before[-1]
+    mean = {name: newer[name] + (older[name] - newer[name]) / 3 for name in newer}
+    losses = []
+    for parameters in (newer, mean):
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with torch.random.fork_rng(devices=()):
+            torch.set_rng_state(noise)
+            losses.append(task.loss(partial(functional_call, model, {**parameters, **buffers}), *examples).item())
+    return losses[0] - losses[1]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,11 +89,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments; by default those of the process.
     """
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.study.signals", description="Watch the losses.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study.signals", description="Watch the heat.")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    grid = itertools.product(range(args.seeds), DETERMINISTIC, OPTIMIZERS, TUNED)
-    cells = (Cell(task, optimizer, "cosine", lr, seed) for seed, task, optimizer, lr in grid)
+    cells = (
+        Cell(task, optimizer, "cosine", lr, seed)
+        for seed in range(args.seeds)
+        for tasks in GROUPS.values()
+        for task in tasks
+        for optimizer in trained_by(task)
+        for lr in RATES[optimizer]
+    )
     run_missing(watch, cells, args.results / "signals.jsonl", args, parser)
 
 

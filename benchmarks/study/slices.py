@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from ..paper.data import DataError
 from ..paper.train import CACHE, number
+from .data import Places
 from .methods import METHODS
-from .tasks import TASKS, Places
+from .tasks import TASKS
 from .training import Cell
 
 __all__ = ["RESULTS", "add_arguments", "read", "run_missing"]
@@ -33,16 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--images",
         type=Path,
-        help="directory with train-*.parquet and test-*.parquet, for images, diffusion and masked",
+        help=f"directory with train-*.parquet and test-*.parquet, for {_reading('images')}",
     )
-    add("--text", type=Path, help="a text to learn, for transformer, lstm and dropout")
+    add("--text", type=Path, help=f"a text to learn, for {_reading('text')}")
     add("--seeds", type=number(int, lowest=1), default=3, help="how many (%(default)s)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="only these, named as in the table")
     add("--jobs", type=number(int, lowest=1), default=os.cpu_count(), help="runs at a time (one a core)")
     add("--minutes", type=number(float, lowest=0), default=math.inf, help="begin no more then (no limit)")
     add("--results", type=Path, default=RESULTS, help="directory of the results (%(default)s)")
-    add("--cache", type=Path, default=CACHE, help="directory of the decoded images (%(default)s)")
+    add(
+        "--cache",
+        type=Path,
+        default=CACHE,
+        help="of decoded images and pretrained networks (%(default)s)",
+    )
+
+
+def _reading(place: str) -> str:
+    return ", ".join(name for name, task in TASKS.items() if task.place == place)
 
 
 def read(path: Path) -> list[Row]:
@@ -93,7 +103,7 @@ def run_missing(
     except (DataError, OSError) as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f"{error}: pip install '.[study]', or leave its methods out by --methods")
+        parser.error(f"{error}: pip install '.[study]', or leave out what needs it by --methods or --tasks")
     more = "; call this again, with --minutes for them, to go on" if count else ""
     print(f"{count} of {len(wanted)} runs are missing{more}")
 
