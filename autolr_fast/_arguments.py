@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from numbers import Integral, Real
 
-__all__ = ["check_count", "check_fraction", "check_limits", "is_count", "is_number"]
+from torch import Tensor
+
+__all__ = ["check_count", "check_fraction", "check_limits", "check_scalar", "is_count", "is_number"]
 
 
 def is_count(value: object) -> bool:
@@ -49,3 +51,19 @@ def check_limits(lr_limits: object) -> tuple[float, float]:
             "both finite"
         )
     return float(limits[0]), float(limits[1])
+
+
+def check_scalar(name: str, value: object) -> float:
+    """Return a real number, or the one element of a tensor, as Python's.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if the tensor has not one element.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} has shape {list(value.shape)}: give one number, as {name}.mean()")
+        value = value.detach().item()
+    if not is_number(value):
+        raise TypeError(f"{name}={value!r}: expected a real number, or a tensor of one")
+    return float(value)  # type: ignore[arg-type]

@@ -9,28 +9,42 @@ from . import __version__
 
 __all__ = ["HEADER", "complete"]
 
-HEADER: Mapping[str, Any] = {"version": 1, "saved_by": f"autolr_fast {__version__}"}
+HEADER: Mapping[str, Any] = {"version": 2, "saved_by": f"autolr_fast {__version__}"}
 """Of every state: the version of its form, and who saved it. A new key gets a default in who reads it."""
 
 
-def complete(state: object, expected: Mapping[str, Any], defaults: Mapping[str, Any], owner: str) -> dict[str, Any]:
+def complete(
+    state: object,
+    expected: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    owner: str,
+    since: int = 1,
+) -> dict[str, Any]:
     """Return a state with a default for each key that an earlier version had not.
 
     Args:
         state: what the user gives.
         expected: a state of the one that reads; its keys count, and those of dicts inside of it that are not empty.
-        defaults: for keys that came later than version 1.
+        defaults: for keys that came later than version ``since``.
         owner: the class, for errors.
+        since: the earliest version that can be gone on from: the rule was another before.
 
     Raises:
         TypeError: if the state is not a dict.
-        ValueError: if a key is missing that has no default, or one is not known; says which version saved it.
+        ValueError: if it is of a version before ``since``, if a key is missing that has no default, or one is not
+            known; says which version saved it.
     """
     if not isinstance(state, dict):
         raise TypeError(f"state_dict={state!r}: pass what {owner}.state_dict() returned")
+    saved_by = f"{state.get('saved_by', 'something else')}, version {state.get('version', 'unknown')}"
+    if state.get("version") in range(since):
+        raise ValueError(
+            f"state_dict was saved by {saved_by}, and the rule of {owner} is another since version {since}: no "
+            "training goes on from it. Load it by the version that saved it, or load the states of model and "
+            f"optimizer alone and give these to a new {owner}, which starts from the learning rate that it finds"
+        )
     filled = {**defaults, **state}
     if fault := _fault(filled, expected):
-        saved_by = f"{state.get('saved_by', 'something else')}, version {state.get('version', 'unknown')}"
         raise ValueError(
             f"state_dict {fault}: it was saved by {saved_by}, and this is {HEADER['saved_by']}, version "
             f"{HEADER['version']}. Give {owner} the arguments that it was saved with, or load it by the version "

@@ -292,14 +292,17 @@ def _shade_bands(axes: Any, scheduler: AutoLR) -> None:
 
 def _draw_line_of(axes: Any, probe: Probe) -> None:
     """Draw the losses that a probe saw over the factors, and the factor that it chose."""
-    seen = sorted(pair for pair in zip(probe.factors, probe.losses.tolist(), strict=True) if pair[0] > 0)
+    is_of_one_step = len(probe.factors) == 2 and min(probe.factors) == 0  # a search, which spans decades, has more
+    pairs = zip(probe.factors, probe.losses.tolist(), strict=True)
+    seen = sorted(pair for pair in pairs if pair[0] > 0 or is_of_one_step)
     finite = [(factor, loss) for factor, loss in seen if isfinite(loss)]
     others = [factor for factor, loss in seen if not isfinite(loss)]
     chosen = float(probe.factor)
     axes.axvline(chosen, color=_HIGHLIGHT, linewidth=1.5, linestyle="--")
     axes.plot(*zip(*finite, strict=True) if finite else ([], []), color=_COLORS[2], marker="o", markersize=4)
     axes.plot(others, [0.9] * len(others), "x", color=_HIGHLIGHT, transform=axes.get_xaxis_transform())
-    axes.set(xscale="log", ylabel="loss", xlabel="factor" + " (a cross: loss not finite)" * bool(others))
+    axes.set(ylabel="loss", xlabel="factor" + " (a cross: loss not finite)" * bool(others))
+    axes.set_xscale("linear" if is_of_one_step else "log")
     axes.margins(x=0.12, y=0.2)
     losses = [loss for _, loss in finite]
     if not finite:

@@ -23,15 +23,17 @@ class Probe:
     Attributes:
         step: optimizer steps done when the probe was made.
         window: optimizer steps the line spans; 0 for ``direction="gradient"``.
-        factors: N factors, relative to the step that was taken; all that calibration looked at in its search.
+        factors: N factors, relative to the steps that were taken: 2/3 and 1 of the ten before the last one, 1 and 0
+            of one of the first; those of a rule, if there is one; all that calibration looked at in its search.
         losses: [N] float64, the loss of each candidate, averaged over ranks.
-        weights: [N] float64, the normalised scores; they sum to 1 (0 where no loss was finite).
-        factor: 0-dim float64, the weighted geometric mean of the factors.
+        weights: [N] float64, the normalised scores; they sum to 1 (0 where no loss was finite). Without a rule, the
+            lowest loss has all.
+        factor: 0-dim float64, by how much the level moved; of steps that were taken again, ``retaken``.
         lr_before: learning rate of each param group when the step was taken.
         lr_after: learning rate of each param group for the next step, annealing included.
         level_after: the same before annealing.
         evaluator: name of the evaluator that ran.
-        rounds: how often losses were evaluated: more than once where calibration took steps again.
+        rounds: how often losses were evaluated: more than once where steps were taken again.
         retaken: at how many times their learning rates the steps were taken again; ``None`` if parameters stayed.
     """
 

@@ -51,8 +51,6 @@ class Rule:
         direction: ``"step"``: candidates lie on the line through what the optimizer did. ``"gradient"``: on
             ``now - f * lr * grad``, with a fresh gradient of the closure.
         window_steps: optimizer steps that the line of ``"step"`` spans: one number, or several that take turns.
-            ``None`` is 2 for SGD without momentum, 1 and 2 in turn for SGD with it, 1 and 4 where Muon takes part,
-            and 1 and 3 for other optimizers.
 
     Raises:
         TypeError: if an argument is of a kind that cannot be meant.
@@ -68,7 +66,7 @@ class Rule:
     score: str | Transform = "exp"
     normalize: str | Transform = "minmax"
     direction: str = "step"
-    window_steps: int | Sequence[int] | None = None
+    window_steps: int | Sequence[int] = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", check_factors(self.factors))
@@ -77,8 +75,7 @@ class Rule:
         _resolve("score", self.score, SCORES, normalize(losses))
         if self.direction not in ("step", "gradient"):
             raise ValueError(f"direction={self.direction!r} is not known: use 'step' or 'gradient'")
-        if self.window_steps is not None:
-            object.__setattr__(self, "window_steps", _check_windows(self.window_steps))
+        object.__setattr__(self, "window_steps", _check_windows(self.window_steps))
 
     @property
     def unscaled(self) -> int:

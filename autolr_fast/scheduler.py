@@ -12,19 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ._arguments import check_fraction
+from ._arguments import check_fraction, check_scalar
 from ._calibration import Calibration, start_ratio
 from ._calibration.search import Found, LookAt
 from ._evaluators import Evaluator, Look, Prober, resolve_evaluator
 from ._isolation import Closure, ClosureError, check_loss
 from ._level import Level
 from ._level.annealing import Annealing
-from ._machine.ranks import ProcessGroup
+from ._machine.ranks import ProcessGroup, is_distributed, mean_over_ranks
 from ._machine.warning import WarnOnce
 from ._optimizers import Optimizers
 from ._state import HEADER, complete
 from ._steps import (
     GradientLine,
+    Line,
     Losses,
     ProbeSchedule,
     ProbeTracker,
@@ -35,7 +36,6 @@ from ._steps import (
     candidate_parameters,
     check_not_sharded,
     lengths,
-    windows_for,
 )
 from .probe import History, Probe
 from .rule import FACTORS_3, Rule
@@ -43,30 +43,35 @@ from .rule import FACTORS_3, Rule
 __all__ = ["AutoLR"]
 
 _CALIBRATED = 20  # steps
-_LATER_KEYS = (
-    "hooks",
-    "state_weights",
-    "losses",
-    "calibration_steps",
-    "history",
-    "groups",
-    "optimizers",
-)  # of a state
+_AT_ONCE = 2  # candidates of a look in a search, where no rule says
+_AVERAGED = 10  # steps between two points whose mean shows the heat; fewer where probes are closer
+_AVERAGE = (2 / 3, 1.0)  # of these steps: a mean of the two points, and the newer one
+_NEWER = 1.0
+_STEP = (1.0, 0.0)  # the last step, or several, and where they began
+_BEFORE = 0.0
+_RISE = 0.1  # of the loss of its own batch: a first step after which it has risen by more was too long
+_UNKNOWN = 1.2  # by how much a probe moves the level while too little is known of the heat
+_READS_SINCE = 2  # version of a state: before, the level followed another rule
 
 _log = logging.getLogger("autolr_fast")
 
 
 class AutoLR(LRScheduler):
-    """Moves the learning rate towards the factors at which the last steps would have lowered the loss more.
+    """Finds the learning rate, and keeps it where the noise of its steps costs a small share of what they gain.
 
-    A probe evaluates the loss at N scaled versions of what the optimizer did in its last steps,
-    ``prev + f * (now - prev)``, and multiplies the learning rate by the score-weighted geometric mean of the
-    factors. A probe changes nothing but the learning rate (calibration apart). Probing finds the *level*; annealing
-    takes it to zero: ``lr = level * anneal(fraction of training done)``.
+    A probe evaluates the loss at scaled versions of what the optimizer did in its last steps, ``prev + f * (now -
+    prev)``, and moves the *level*. Annealing takes the level to zero: ``lr = level * anneal(fraction of training
+    done)``. A probe changes nothing but the learning rate (calibration and lost steps apart).
 
-    The rule is Algorithm 1 of Kim & Yu, "Automated learning rate scheduling with in-training information";
-    :meth:`paper` gives their own setting. The defaults (calibration, two factors, windows that suit the optimizer,
-    a probe every ten steps, a guard, annealing) are what keeps that rule from running away under momentum and Adam.
+    1. Calibration searches the first step for the scale where the loss is lowest, and takes that step again there.
+       The level begins at a third of that rate, or at ``1 - momentum`` of it.
+    2. Every later probe asks whether the last ten steps had better been a third shorter, on a batch that these have
+       not seen. By how much the loss would have been lower is their *heat*. The *gain* is the fall of the mean
+       loss in a doubling of the steps. The level rises while the heat is below ``max_heat`` times the gain.
+    3. Steps that blow up the loss are taken again, shorter, at a lower level.
+
+    Looking along steps is Algorithm 1 of Kim & Yu, "Automated learning rate scheduling with in-training
+    information"; :meth:`paper` gives their own setting, and ``rule`` parts of it.
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer` whose ``lr`` scales its steps (not LBFGS, Rprop, ASGD), or a
@@ -75,22 +80,20 @@ class AutoLR(LRScheduler):
             searched as the first step of all was; without calibration the group keeps the ratio it came with.
         model: the module whose parameters the optimizer trains, wrapped or compiled or not. It may hold more: all
             of it is put back after a probe, as are the other modules that a closure can reach.
-        total_steps: optimizer steps of the whole training. Without it there is no annealing but ``"plateau"``.
+        total_steps: optimizer steps of the whole training. Without it there is no annealing until :meth:`watch`
+            begins it.
         anneal: ``"cosine"``, ``"linear"``, or a callable from the fraction of training done to a multiplier.
-            The multiplier scales the logarithm of each factor too: the level does not climb against annealing.
-            ``"plateau"`` is for trainings without ``total_steps``: each probe at which the guard sees that the loss
-            does not fall takes a fifth off the learning rate, for good.
+            The multiplier scales the logarithm of each move too: the level does not climb against annealing.
         probe_every_steps: optimizer steps from probe to probe after calibration; ``None`` for no more probes.
         probe_until_fraction: of ``total_steps``, up to which there are probes, calibration apart. From then on the
             level stays, and only annealing goes on. It plays no part without ``total_steps``.
         calibration_steps: how many of the first optimizer steps are all probed; 0 for none. The first probe
-            searches its step for the scale where the loss is lowest, and takes that step again at the rate found. A
-            later one takes the last steps again, shorter, if the loss is four times as high as before. Parameters
-            change at no other time. ``None`` is 20 steps, and none for an optimizer that has trained before.
-        guard_probes: the level exceeds its highest so far only while the mean loss of so many probes (fewer at
-            first) reaches clear new lows. The loss of a probe is the mean of all that :meth:`loss` returned since
-            the probe before. The level is halved if that mean rises clearly. 0 switches the guard off.
-        rule: which candidates are looked at, and how their losses make one factor.
+            searches its step. A later one takes its step again, shorter, if the loss is four times as high as
+            before. The level rises only after these. ``None`` is 20, or 0 for an optimizer that has trained before.
+        max_heat: heat in units of the gain at which the level stays; ``math.inf`` for no limit. With a limit, the
+            parameters of an earlier step are kept between probes.
+        rule: the source's: a probe looks at its candidates along the last steps too, and the level moves by their
+            factor as far as the heat lets it. ``None`` for the heat alone.
         lr_limits: lowest and highest learning rate, annealing included. Each param group is held by them alone.
         micro_batches: ``"last"``: of several calls of :meth:`loss` before an optimizer step, a probe runs the last
             one's closure; ``"all"``: all of them, and takes their mean.
@@ -130,8 +133,8 @@ class AutoLR(LRScheduler):
         probe_every_steps: int | None = 10,
         probe_until_fraction: float = 0.5,
         calibration_steps: int | None = None,
-        guard_probes: int = 10,
-        rule: Rule = Rule(),  # noqa: B008, it is frozen
+        max_heat: float = 0.2,
+        rule: Rule | None = None,
         lr_limits: tuple[float, float] = (1e-12, 1e4),
         micro_batches: str = "last",
         evaluator: str | Evaluator = "auto",
@@ -140,18 +143,22 @@ class AutoLR(LRScheduler):
         optimizers = Optimizers(optimizer)
         candidate_parameters(model, optimizers)
         check_fraction("probe_until_fraction", probe_until_fraction, of="total_steps")
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rule={rule!r}: expected a Rule, such as Rule(factors={FACTORS_3})")
-        if rule.direction == "gradient":
+        if not (rule is None or isinstance(rule, Rule)):
+            raise TypeError(f"rule={rule!r}: expected None, or a Rule such as Rule(factors={FACTORS_3})")
+        if rule is None and max_heat == math.inf:
+            raise ValueError("max_heat=inf leaves nothing to move the level by: give a rule, or a finite max_heat")
+        self._rule = rule
+        follows_steps = rule is None or rule.direction == "step"
+        if not follows_steps:
             check_not_sharded(model)
 
         self._history = History()
         self.optimizers = list(optimizers)
+        self._follows_steps = follows_steps
         self._optimizers = optimizers
-        self._rule = rule
         self._warn_once = warn_once = WarnOnce()
         first_words = [optimizers.another_scheduler()]
-        self._level = level = Level(optimizers, anneal, total_steps, lr_limits, guard_probes)
+        self._level = level = Level(optimizers, anneal, total_steps, lr_limits, max_heat)
         warn_once(optimizers.unread_scales())
         self._first_words = first_words  # told at the first step, unless a state is loaded
         self._is_default = calibration_steps is None
@@ -159,25 +166,26 @@ class AutoLR(LRScheduler):
         if self._is_default and optimizers.have_trained():
             steps = 0
             first_words.append(_GOES_ON.format(", ".join(f"{level:.4g}" for level in self.level)))
+        self._last_probed = math.inf if total_steps is None else probe_until_fraction * total_steps
+        windows = rule.window_steps if rule else 1
         schedule = ProbeSchedule(
-            probe_every_steps,
-            steps,
-            windows_for(optimizers, rule.window_steps),
-            last_step=math.inf if total_steps is None else probe_until_fraction * total_steps,
+            probe_every_steps, steps, (windows,) if isinstance(windows, int) else windows, self._last_probed
         )
+        if level.heat.is_limited and schedule.every_steps:
+            schedule.mean_steps = 1 + min(_AVERAGED, schedule.every_steps)
         self._tracker = ProbeTracker(schedule)
-        self._snapshots = Snapshots(optimizers, schedule if rule.direction == "step" else None)
+        self._snapshots = Snapshots(optimizers, schedule if follows_steps else None)
         self._losses = Losses(model, micro_batches)
-        self._calibration = calibration = Calibration(schedule.first_steps, rule.factors)
+        self._calibration = calibration = Calibration(schedule.first_steps, len(rule.factors) if rule else _AT_ONCE)
 
         def searches_groups() -> bool:
-            return calibration.has_found and rule.direction == "step" and _take_part(level.new_groups())
+            return calibration.has_found and follows_steps and _take_part(level.new_groups())
 
         self._hooks = hooks = StepHooks(optimizers, schedule, self._snapshots, searches_groups, warn_once)
         self._counter = StepCounter(
             optimizers, warn_once, hooks.before_step, lambda: warn_once(level.reclaim()), hooks.after_step
         )
-        maximize = bool(optimizers.param_groups[0].get("maximize", False))
+        self._maximizes = maximize = bool(optimizers.param_groups[0].get("maximize", False))
         self._prober = Prober(
             model, resolve_evaluator(evaluator), process_group, maximize, device=self._level.value.device
         )
@@ -200,15 +208,16 @@ class AutoLR(LRScheduler):
         Example:
             >>> model = nn.Linear(4, 1)
             >>> AutoLR.paper(torch.optim.SGD(model.parameters(), lr=0.005), model)  # doctest: +NORMALIZE_WHITESPACE
-            AutoLR(lr=[0.005], total_steps=None, probe_every_steps=1, windows=(1,), calibration_steps=0,
-            factors=(2.0, 1.0, 0.5), direction='step', evaluator='auto')
+            AutoLR(lr=[0.005], total_steps=None, probe_every_steps=1, calibration_steps=0, max_heat=inf,
+            rule=Rule(factors=(2.0, 1.0, 0.5), score='exp', normalize='minmax', direction='step', window_steps=1),
+            evaluator='auto')
         """
         setting: dict[str, Any] = {
-            "rule": Rule(FACTORS_3, window_steps=1),
+            "rule": Rule(FACTORS_3),
             "probe_every_steps": 1,
             "probe_until_fraction": 1.0,
             "calibration_steps": 0,
-            "guard_probes": 0,
+            "max_heat": math.inf,
         }
         return cls(optimizer, model, **{**setting, **overrides})
 
@@ -217,8 +226,7 @@ class AutoLR(LRScheduler):
 
         A probe runs the closure again for each candidate, with the random numbers, the variables, the autocast
         state and the train or eval modes that it finds here: all candidates see the step's own batch and noise.
-        Nothing is kept of a step that will not be probed. The guard and ``anneal="plateau"`` judge progress by the
-        losses of all steps.
+        Nothing is kept of a step that will not be probed. The gain comes from the losses of all steps.
 
         Args:
             closure: returns the whole scalar loss of one batch, which ``backward`` is called on afterwards. A probe
@@ -256,7 +264,7 @@ class AutoLR(LRScheduler):
     def remember(self, closure: Closure) -> None:
         """Remember a closure for a probe, without running it.
 
-        A framework calls it just before it computes the same loss. The guard then sees one loss a probe only.
+        A framework calls it just before it computes the same loss. The gain then comes from the losses of probes.
 
         Args:
             closure: as of :meth:`loss`.
@@ -319,45 +327,119 @@ class AutoLR(LRScheduler):
         if closure is not None and window is not None:
             self._tracker.offered = now
             with self._counter.refusing_steps():
-                retaken = self._probe(closure, window, now, self._losses.seen(own), lr_before)
+                batch = _Batch(closure, self._losses.seen(own), own is not None)
+                retaken = self._probe(batch, window, now, lr_before)
         self._hooks.leave(now, retaken is not None)
         self.last_epoch = now
         self._step_count = now + 1
         self._apply()
 
-    def _probe(
-        self, closure: Closure, window: int, now: int, beside: Tensor | None, lr_before: Sequence[float | Tensor]
-    ) -> float | None:
+    def watch(self, loss: float | Tensor) -> None:
+        """See the loss on examples held back from training: once it has stopped falling, annealing begins.
+
+        Then the learning rate falls in a straight line to zero, in half as many steps as were trained until then,
+        or by ``anneal`` where that is lower, and probes end. A log line of ``"autolr_fast"`` says so. It is for
+        examples with wrong labels, trainings that are too long, and trainings of no known length. Call it after
+        :meth:`step`, as often as you evaluate: every hundredth of the training, say.
+
+        Args:
+            loss: the mean over the same examples each time, in eval mode and without gradients; with
+                ``maximize=True`` the higher the better. A tensor is read back from its device, which waits for it.
+                It is averaged over the ranks, so each calls it. One that is not finite says nothing; of several
+                without a step in between, the first counts.
+
+        Raises:
+            TypeError: if ``loss`` is no number and no tensor of real numbers.
+            ValueError: if it has more than one element.
+            RuntimeError: if no optimizer step was made yet.
+
+        Example:
+            >>> model = nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> scheduler = AutoLR(optimizer, model)
+            >>> x, y, held_x, held_y = torch.randn(8, 4), torch.ones(8, 1), torch.randn(8, 4), torch.ones(8, 1)
+            >>> while not scheduler.has_ended:
+            ...     optimizer.zero_grad()
+            ...     loss = scheduler.loss(lambda: nn.functional.mse_loss(model(x), y))
+            ...     loss.backward()
+            ...     optimizer.step()
+            ...     scheduler.step()
+            ...     with torch.no_grad():
+            ...         scheduler.watch(nn.functional.mse_loss(model(held_x), held_y))
+        """
+        value = check_scalar("loss", loss)
+        now = self.last_epoch
+        if now < 1:
+            raise RuntimeError(
+                f"scheduler.watch(loss={value:.6g}) came before the first step: call it after optimizer.step() and "
+                "scheduler.step()"
+            )
+        if is_distributed():
+            own = torch.tensor(value, dtype=torch.float64, device=next(iter(self._optimizers.parameters)).device)
+            value = mean_over_ranks(own, self._prober.process_group).item()
+        held_back = self._level.held_back
+        if self.has_ended or not held_back.add(now, -value if self._maximizes else value):
+            return
+        self._end_probes()
+        _log.info(
+            "the loss on examples held back has stopped falling (%s): the learning rate is annealed from step %d "
+            "to its end at step %d",
+            held_back,
+            now,
+            held_back.end,
+        )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the learning rate is annealed to its end, by ``total_steps`` or :meth:`watch`."""
+        return self._level.has_ended(self.last_epoch)
+
+    def _end_probes(self) -> None:
+        """Have no more probes once :meth:`watch` has begun to anneal, but of windows that are open."""
+        began, schedule = self._level.held_back.began, self._tracker.schedule
+        ends = math.inf if began is None else began + max(*schedule.windows, schedule.mean_steps)
+        schedule.last_step = min(self._last_probed, ends)
+
+    def _probe(self, batch: _Batch, window: int, now: int, lr_before: Sequence[float | Tensor]) -> float | None:
         """Look along the line of the last steps, and move the level by what the losses say.
 
         Args:
-            closure: of the candidates.
+            batch: that the candidates are judged by.
             window: steps of the line.
             now: optimizer steps done.
-            beside: [3], the mean loss since the last probe, its variance, and the closure's before the last step.
             lr_before: the learning rates of the last step.
 
         Returns:
             The ratio at which the last steps were taken again; ``None`` if parameters stayed.
         """
-        new = self._level.new_groups() if now == self._tracker.schedule.searched_step else []
+        schedule = self._tracker.schedule
+        new = self._level.new_groups() if now == schedule.searched_step else []
         new = new if _take_part(new) else []
-        line = self._line(closure, window, now, {parameter for group in new for parameter in group["params"]})
-        if line is None:
-            return None
-        # The loss before the step is not that of where new groups alone have not moved.
-        look: LookAt = partial(self._prober.look, line, closure, beside=None if new else beside)
-        if new or self._calibration.is_searching(now):
-            seen = self._search(line, look, now, new)
+        is_search = bool(new) or self._calibration.is_searching(now)
+        is_close = self._follows_steps and schedule.is_close(now)
+        if self._rule is None and not (is_search or is_close):
+            window, seen = schedule.mean_steps - 1, self._follow(None, batch, now)
         else:
-            seen = self._follow(line, look, now)
+            line = self._line(batch.closure, window, now, {each for group in new for each in group["params"]})
+            if line is None:
+                return None
+            window = line.window
+            if is_search:
+                # The loss before the step is not that of where new groups alone have not moved.
+                seen = self._search(line, batch._replace(beside=None) if new else batch, now, new)
+            elif is_close:
+                seen = self._follow_closely(line, batch, now)
+            else:
+                seen = self._follow(line, batch, now)
+        if seen is None:
+            return None
         self._losses.forget()
         self._tracker.probed = now
         self._snapshots.drop_used(now)
         self._level.apply(now)
         probe = Probe(
             step=now,
-            window=line.window,
+            window=window,
             **seen._asdict(),
             lr_before=lr_before,
             lr_after=self._level.rates(),
@@ -376,14 +458,20 @@ class AutoLR(LRScheduler):
     ) -> StepLine | GradientLine | None:
         """Return the candidates that are due, of some parameters or all; ``None`` if no window of them is open."""
         names = candidate_parameters(self._prober.model, self._optimizers)
-        if self._rule.direction == "gradient":
+        if not self._follows_steps:
             return GradientLine(self._prober.model, self._optimizers, closure, self._prober.process_group)
         return self._snapshots.line(window, now, names, only)
 
+    def _look(self, batch: _Batch, line: Line, factors: Sequence[float], known: float | None = None) -> Look:
+        """Return the losses of a batch along a line, but for the factor at which training saw it."""
+        known = known if batch.knows_begin else None
+        return self._prober.look(line, batch.closure, factors, batch.beside, known)
+
     def _search(
-        self, line: StepLine | GradientLine, look: LookAt, now: int, new: Sequence[dict[str, Any]]
+        self, line: StepLine | GradientLine, batch: _Batch, now: int, new: Sequence[dict[str, Any]]
     ) -> _Seen:
         """Start the level, or the rates of new groups, where their first step is best, and take that step again."""
+        look: LookAt = partial(self._look, batch, line)
         step, begin = lengths(line.squares(), self._prober.process_group)
         if new:
             highest = self._level.highest_ratio(float(group["lr"]) for group in new)
@@ -410,39 +498,86 @@ class AutoLR(LRScheduler):
             self._retake(line, found.taken, now),
         )
 
-    def _follow(self, line: StepLine | GradientLine, look: LookAt, now: int) -> _Seen:
-        """Move the level by the rule's factor; if the loss blew up in the first steps, take the last ones again."""
-        seen = look(self._rule.factors)
-        weights, factor = self._rule.weigh(seen.costs, None if seen.training is None else seen.training.own)
-        cost = seen.costs[self._rule.unscaled]
-        is_close = line.window > 0 and self._tracker.schedule.is_close(now)
-        again = self._calibration.find_again(look, seen, cost, line.window) if is_close else None
+    def _follow_closely(self, line: StepLine | GradientLine, batch: _Batch, now: int) -> _Seen:
+        """Lower the level if the last of the first steps raised the loss; if it blew up, take steps again."""
+        seen = self._look(batch, line, _STEP, known=_BEFORE if line.window == 1 else None)
+        cost = seen.costs[0]
+        again = self._calibration.find_again(partial(self._look, batch, line), seen, cost, line.window)
         # From here on nothing raises that a closure can cause.
-        rounds, retaken = 1, None
+        self._see(_mean_of(seen, cost, again))
         if again is None:
-            loss, variance = _progress(seen, cost)
-            self._level.follow(factor, loss, now, variance=variance)
+            moved, before = torch.ones_like(cost), seen.costs[1]
+            if cost - before > _RISE * before.abs():
+                moved = self._level.follow(torch.full_like(cost, 1 / _UNKNOWN), now)
+            return _seen(seen, moved)
+        self._level.fall(again.taken, for_good=False)
+        return _seen(seen, torch.full_like(cost, again.taken), again, self._retake(line, again.taken, now))
+
+    def _follow(self, line: StepLine | GradientLine | None, batch: _Batch, now: int) -> _Seen | None:
+        """Move the level by the heat, and by the rule if there is one; if they lost all, take the steps again.
+
+        Args:
+            line: of the rule's candidates, if there is one.
+            batch: as of :meth:`_probe`.
+            now: optimizer steps done.
+
+        Returns:
+            ``None`` if there is nothing to look at.
+        """
+        names = candidate_parameters(self._prober.model, self._optimizers)
+        averaged, steps = self._snapshots.lines_back(now, names)
+        asked = warm = None
+        if self._rule is not None and line is not None:
+            asked = self._look(batch, line, self._rule.factors)
+        if averaged is not None:
+            warm = self._look(batch, averaged, _AVERAGE, known=_NEWER)
+        seen = asked or warm
+        if seen is None:
+            return None
+        cost = seen.costs[-1] if self._rule is None else seen.costs[self._rule.unscaled]
+        again = None
+        if steps is not None and self._level.value.is_cpu:
+            look: LookAt = partial(self._look, batch, steps)
+            again = self._calibration.find_later(look, cost.item(), _mean_of(seen, cost).item())
+        # From here on nothing raises that a closure can cause.
+        self._see(_mean_of(seen, cost, again))
+        weights = None
+        if self._rule is None:
+            factor = torch.where(seen.costs.isfinite().any(), torch.full_like(cost, _UNKNOWN), 1.0)
         else:
-            self._level.follow(factor, torch.full_like(cost, again.cost), now, retaken=again.taken)
-            retaken = self._retake(line, again.taken, now)
-            factor, rounds = torch.full_like(factor, again.taken), 1 + again.rounds
-        return _Seen(tuple(seen.factors), seen.losses, weights, factor, rounds, retaken)
+            weights, factor = self._rule.weigh(seen.costs, None if seen.training is None else seen.training.own)
+        if again is not None:
+            self._level.fall(again.taken, for_good=True)
+            retaken = self._retake(steps, again.taken, now, begin_anew=True)
+            _clear_statistics(self._prober.model)
+            return _seen(seen, torch.full_like(factor, again.taken), again, retaken, weights)
+        if warm is not None:
+            self._level.heat.add_heat(warm.costs[1] - warm.costs[0])
+        return _seen(seen, self._level.follow(factor, now), weights=weights)
+
+    def _see(self, mean: Tensor) -> None:
+        """Take the mean loss of the steps since the last probe, 0-dim, into account."""
+        self._level.heat.add_loss(mean, self._counter.steps)
+        if self._level.value.is_cpu:
+            self._calibration.see(mean.item())
 
     def _join_groups(self, now: int) -> None:
         """Give groups that were added the ratio to the others that they came with, if no search is to find it."""
         new = self._level.new_groups()
-        waits = self._calibration.has_found and self._rule.direction == "step"
+        waits = self._calibration.has_found and self._follows_steps
         if not new or (waits and any(float(group["lr"]) for group in new)):
             return
         self._level.add_groups(None if self._calibration.is_searching(now) else 1.0)
         self._level.apply(max(self.last_epoch, 0))
         self._last_lr = self._level.rates()
 
-    def _retake(self, line: StepLine | GradientLine, ratio: float, now: int) -> float | None:
+    def _retake(
+        self, line: StepLine | GradientLine | None, ratio: float, now: int, begin_anew: bool = False
+    ) -> float | None:
         """Take the steps of a line again; return the ratio if anything moved."""
         if not isinstance(line, StepLine):
             return None
-        taken, message = self._snapshots.retake(line, ratio, now)
+        taken, message = self._snapshots.retake(line, ratio, now, begin_anew)
         self._warn_once(message)
         return taken
 
@@ -500,6 +635,7 @@ class AutoLR(LRScheduler):
             "history": self._history.state(),
             "groups": [list(place) for place in self._optimizers.places()],
             "optimizers": self._optimizers.names(),
+            "held_back": self._level.held_back.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -510,11 +646,10 @@ class AutoLR(LRScheduler):
 
         Raises:
             TypeError: if it is not a dict.
-            ValueError: if it is not of such a scheduler; nothing is loaded then.
+            ValueError: if it is not of such a scheduler, or of version 1; nothing is loaded then.
         """
         own = self.state_dict()
-        defaults = {name: own[name] for name in _LATER_KEYS}
-        state = complete(state_dict, {**own, "evaluator": {}}, defaults, "AutoLR")
+        state = complete(state_dict, {**own, "evaluator": {}}, {}, "AutoLR", _READS_SINCE)
         self.evaluator.check(state["evaluator"])
         self._level.check(state["level"])
         self._optimizers.check_names(state["optimizers"])
@@ -535,6 +670,8 @@ class AutoLR(LRScheduler):
         self._first_words.clear()
         self._calibration.load(state["calibration"])
         self._level.load(state["level"])
+        self._level.held_back.load(state["held_back"])
+        self._end_probes()
         self.evaluator.load(state["evaluator"])
         self.last_epoch = state["last_epoch"]
         self._step_count = self.last_epoch + 1
@@ -552,13 +689,27 @@ class AutoLR(LRScheduler):
         lrs, schedule = ", ".join(f"{float(lr):.4g}" for lr in self.get_last_lr()), self._tracker.schedule
         return (
             f"AutoLR(lr=[{lrs}], total_steps={self._level.total_steps}, probe_every_steps={schedule.every_steps}, "
-            f"windows={tuple(schedule.windows)}, calibration_steps={self._calibration.steps}, "
-            f"factors={self._rule.factors}, direction={self._rule.direction!r}, evaluator={self.evaluator!r})"
+            f"calibration_steps={self._calibration.steps}, max_heat={self._level.heat.limit}, rule={self._rule!r}, "
+            f"evaluator={self.evaluator!r})"
         )
 
     def _apply(self) -> None:
         self._level.apply(self.last_epoch)
         self._last_lr = self._level.rates()
+
+
+class _Batch(NamedTuple):
+    """What candidates are judged by.
+
+    Attributes:
+        closure: returns their loss.
+        beside: [2], the mean loss since the last probe, and the closure's before the last step, if any is known.
+        knows_begin: whether the latter is known.
+    """
+
+    closure: Closure
+    beside: Tensor | None
+    knows_begin: bool
 
 
 class _Seen(NamedTuple):
@@ -570,6 +721,35 @@ class _Seen(NamedTuple):
     factor: Tensor
     rounds: int
     retaken: float | None
+
+
+def _mean_of(seen: Look, cost: Tensor, again: Found | None = None) -> Tensor:
+    """Return the mean loss of the last steps; where it is not known, about where they ended, taken again or not."""
+    left = cost if again is None else torch.full_like(cost, again.cost)
+    return left if seen.training is None else torch.where(seen.training.mean.isnan(), left, seen.training.mean)
+
+
+def _seen(
+    look: Look,
+    factor: Tensor,
+    again: Found | None = None,
+    retaken: float | None = None,
+    weights: Tensor | None = None,
+) -> _Seen:
+    """Return what a probe saw at one look; without a rule, the lowest loss has all the weight."""
+    if weights is None:
+        lowest = look.costs == look.costs.nan_to_num(math.inf).amin()
+        weights = lowest / lowest.sum().clamp_min(1)
+    rounds = 1 if again is None else 1 + again.rounds
+    return _Seen(tuple(look.factors), look.losses, weights.to(look.losses), factor, rounds, retaken)
+
+
+def _clear_statistics(model: nn.Module) -> None:
+    """Begin the running statistics anew that a blow-up left without numbers: no later batch mends them."""
+    for module in model.modules():
+        reset = getattr(module, "reset_running_stats", None)
+        if reset and not all(buffer.isfinite().all() for buffer in module.buffers(recurse=False)):
+            reset()
 
 
 def _may_move(groups: Iterable[dict[str, Any]]) -> bool:
@@ -599,14 +779,6 @@ def _why_not(found: Found, left_steps: int, is_of_groups: bool) -> str:
     else:
         after = "a next step tries again" if left_steps > 0 else "no more steps are searched"
     return f"AutoLR could not calibrate: {found.why_not}. The step {left}, the learning rate stays, and {after}"
-
-
-def _progress(seen: Look, cost: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the loss that progress is judged by, and its variance: of all steps, or of one candidate."""
-    if seen.training is None:
-        return cost, None
-    mean, variance, _ = seen.training
-    return torch.where(mean.isnan(), cost, mean), variance
 
 
 _EXPECTED = "expected a callable that returns the loss, as in scheduler.loss(lambda: loss_fn(model(x), y))"

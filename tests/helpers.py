@@ -1,6 +1,7 @@
 """Models, batches and the independent loops that the tests compare with."""
 
 import copy
+import math
 import random
 import warnings
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from autolr_fast._evaluators import EVALUATORS, EvaluatorError, resolve_evaluator
 
+MEAN_AT = 2 / 3  # of the way to where the last step began from where one ten steps before did
 NAMED = sorted(set(EVALUATORS) - {"auto"})  # which is "inplace" for few candidates
 
 OPTIMIZERS = {
@@ -216,6 +218,32 @@ def raise_rate(scheduler, times):
     scheduler._level.start_at(times * level)
     scheduler._level.apply(scheduler.last_epoch)
     scheduler._level.start_at(level)
+
+
+def moved_by_heat(asked, heats, state, limit):
+    """Return by how much the level moves where the last step asks for a factor.
+
+    Args:
+        asked: that factor.
+        heats: the last ones, the newest last; not a number where there is none.
+        state: of what knows them: the means of the losses, those of step s weighed as s and as s cubed; the largest
+            gain so far; whether the second mean is at its lowest.
+        limit: of the heat, in units of the gain.
+    """
+    highest = math.inf if state["is_lowest"] else 1.0
+    means, known = state["means"], sorted(heat for heat in heats if not math.isnan(heat))
+    if math.isinf(limit):
+        return asked
+    if len(known) < 3 or not all(map(math.isfinite, means)):
+        return min(asked, highest)
+    heat = known[len(known) // 2]
+    gain = max(4 * math.log(2) * (means[0] - means[1]), state["most"] / 10)
+    times = 0.0 if heat <= 0 else math.inf if gain <= 0 else heat / (limit * gain)
+    if times > 1:
+        return min(asked, max(times**-0.5, 1 / 1.5))
+    if asked > 1:
+        return min(highest, 1.5 if times == 0 else min(times**-0.25, 1.5))
+    return asked
 
 
 def everything(model, optimizer):

@@ -18,7 +18,7 @@ from torch import nn
 from autolr_fast import FACTORS_2, FACTORS_3, AutoLR, Rule, reference
 from autolr_fast._evaluators import EvaluatorError
 
-from .helpers import between, random_states, set_random_states
+from .helpers import MEAN_AT, between, moved_by_heat, random_states, set_random_states
 
 HIDDEN, CLASSES, BATCH = 8, 3, 6
 LATER = 2  # parts of a network that are frozen at first
@@ -104,9 +104,21 @@ class Spec:
     maximize: bool
     optimizers: tuple
     arguments: dict
-    factors: tuple
-    windows: tuple | None
-    direction: str
+    rule: Rule | None
+
+    @property
+    def direction(self):
+        return self.rule.direction if self.rule else "step"
+
+    @property
+    def span(self):
+        """Steps from where averages begin to the probe; 0 where there are none."""
+        every, is_limited = self.arguments["probe_every_steps"], math.isfinite(self.arguments["max_heat"])
+        return 1 + min(10, every) if every and is_limited and self.direction == "step" else 0
+
+    def is_close(self, step):
+        calibrated = self.arguments["calibration_steps"]
+        return step <= (20 if calibrated is None else calibrated)
 
 
 BETAS = st.sampled_from([(0.9, 0.999), (0.5, 0.9), (0.0, 0.99)])
@@ -169,6 +181,14 @@ ANY = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad",
 RATES = st.integers(-60, 10).map(lambda tenth: 10.0 ** (tenth / 10))
 
 
+RULES = st.builds(
+    Rule,
+    factors=st.sampled_from([FACTORS_2, FACTORS_3, (3.0, 0.9, 1 / 3)]),
+    window_steps=st.sampled_from([1, (1,), (2,), (1, 3), (4, 2)]),
+    direction=st.sampled_from(["step"] * 5 + ["gradient"]),
+)
+
+
 @st.composite
 def specs(draw):
     """A training: network, optimizers, arguments of AutoLR."""
@@ -196,14 +216,14 @@ def specs(draw):
     wide = st.sampled_from([1.0, 3.0, 100.0, 1e6])
     limits = draw(st.none() | st.tuples(wide, wide))
     total = draw(st.none() | st.integers(4, 40))
-    anneal = draw(st.sampled_from(["cosine", "linear"] if total else ["cosine", "plateau"]))
+    rule = draw(st.none() | RULES)
     arguments = {
         "total_steps": total,
-        "anneal": anneal,
+        "anneal": draw(st.sampled_from(["cosine", "linear"])),
         "probe_every_steps": draw(st.none() | st.integers(1, 6)),
         "probe_until_fraction": draw(st.sampled_from([0.5, 1.0, 0.0])),
         "calibration_steps": draw(st.none() | st.integers(0, 8)),
-        "guard_probes": draw(st.sampled_from([2, 3, 10] if anneal == "plateau" else [10, 3, 2, 0])),
+        "max_heat": draw(st.sampled_from([0.2, 1e-3, 100.0, *([math.inf] if rule else [])])),
         "evaluator": draw(st.sampled_from(KINDS[kind])),
         "micro_batches": draw(st.sampled_from(["last", "all"])),
         **({"lr_limits": (min(rates) / limits[0], max(rates) * limits[1])} if limits else {}),
@@ -218,9 +238,7 @@ def specs(draw):
         maximize=maximize,
         optimizers=tuple(optimizers),
         arguments=arguments,
-        factors=draw(st.sampled_from([FACTORS_2, FACTORS_3, (3.0, 0.9, 1 / 3)])),
-        windows=draw(st.none() | st.sampled_from([(1,), (2,), (1, 3), (4, 2)])),
-        direction=draw(st.sampled_from(["step"] * 5 + ["gradient"])),
+        rule=rule,
     )
 
 
@@ -328,7 +346,7 @@ class Training:
         self.scheduler = AutoLR(
             self.optimizers if len(self.optimizers) > 1 else self.optimizers[0],
             self.model,
-            rule=Rule(spec.factors, direction=spec.direction, window_steps=spec.windows),
+            rule=spec.rule,
             **spec.arguments,
         )
         self.steps = 0
@@ -460,7 +478,7 @@ class Training:
         self.before[self.steps] = {
             name: value for name, value in values_of(self.model).items() if id(self.parameters[name]) in moving
         }
-        self.before = {step: kept for step, kept in self.before.items() if step > self.steps - 8}
+        self.before = {step: kept for step, kept in self.before.items() if step > self.steps - 12}
         stepped = self._step_optimizers(scaler, it.scaler)
         self.steps += stepped
         modes = modes_of(self.model)
@@ -553,8 +571,13 @@ class Training:
         self.seen = self.steps
         has_probed = scheduler.last_probe is not (probes[-1] if probes else None)
         retaken = scheduler.last_probe.retaken if has_probed else None
-        moves = {f"parameter {name}" for name in self.parameters} if retaken is not None else set()
-        check_same(before, everything(self), besides=moves)
+        after, moves = everything(self), set()
+        if retaken is not None:
+            moves = {f"parameter {name}" for name in self.parameters}
+            if not self.spec.is_close(self.steps) and not is_search(scheduler.last_probe):
+                assert not any(optimizer.state for optimizer in self.optimizers)  # it begins anew
+                moves |= {key for key in {**before, **after} if key.startswith(("state of optimizer", "buffers"))}
+        check_same(before, after, besides=moves)
         assert scheduler.history[: len(probes)] == probes
         assert len(scheduler.history) == len(probes) + has_probed
         # A closure that comes later will do for the step before, if that was not probed.
@@ -563,22 +586,25 @@ class Training:
         if has_probed:
             check_probe(self, parts, pending)
             assert joins or [float(lr) for lr in scheduler.last_probe.lr_before] == ordered(self, rates)
-            if not pending and retaken is None and 0.0 not in scheduler.last_probe.factors:
-                check_move(self, state["level"])
+            if not pending and not is_search(scheduler.last_probe):
+                check_move(self, state["level"], parts)
         check_rates(self)
         return True
 
     def _window(self):
         """Return the window of the probe that is due now, as the README has it."""
         given, step = self.spec.arguments, self.steps
-        calibrated, every, total = (given[key] for key in ("calibration_steps", "probe_every_steps", "total_steps"))
-        windows = self.spec.windows or usual_windows(self.spec.optimizers)
+        every, total = (given[key] for key in ("probe_every_steps", "total_steps"))
+        windows = self.spec.rule.window_steps if self.spec.rule else 1
+        windows = (windows,) if isinstance(windows, int) else windows
         until = math.inf if total is None else given["probe_until_fraction"] * total
         if step == 0:
             return None
-        if step <= (20 if calibrated is None else calibrated):
+        if self.spec.is_close(step):
             window = windows[(step - 1) % len(windows)]
         elif every and step % every == 0 and step <= until:
+            if self.spec.rule is None:  # the heat alone
+                return self.spec.span - 1 if step >= self.spec.span else None
             window = windows[step // every % len(windows)]
         else:
             return None
@@ -650,15 +676,6 @@ def _within(context, function):
             return function(*arguments)
 
     return run
-
-
-def usual_windows(optimizers):
-    """Return the windows that the README gives for optimizers."""
-    if any(each.name == "Muon" for each in optimizers):
-        return (1, 4)
-    if all(each.name == "SGD" for each in optimizers):
-        return (1, 2) if any(each.options["momentum"] for each in optimizers) else (2,)
-    return (1, 3)
 
 
 def modes_of(model):
@@ -743,54 +760,71 @@ def check_alike(one, other):
 # What a probe must have seen.
 
 
-def check_probe(training, parts, pending):
-    """Compare a probe with the losses of deep copies, and where the parameters are with what it says."""
-    spec, probe, steps = training.spec, training.scheduler.last_probe, training.steps
+def check_told(training, probe):
+    """Check that a probe fits together, and fits the rates."""
     count = len(probe.factors)
-    assert probe.step == steps
+    assert probe.step == training.steps
     assert len(probe.losses) == len(probe.weights) == count
     assert [float(lr) for lr in probe.lr_after] == ordered(training, training.rates())
     assert [float(each) for each in probe.level_after] == training.scheduler.level
     assert type(probe).from_dict(probe.to_dict()).to_dict().keys() == probe.to_dict().keys()
     total = float(probe.weights.sum())
     assert math.isclose(total, 1.0, rel_tol=1e-9) or total == 0.0
+
+
+def check_probe(training, parts, pending):
+    """Compare a probe with the losses of deep copies, and where the parameters are with what it says."""
+    spec, probe, steps = training.spec, training.scheduler.last_probe, training.steps
+    count = len(probe.factors)
+    check_told(training, probe)
     if spec.direction == "gradient":
         assert probe.window == 0
         assert probe.retaken is None
         return
-    is_search = 0.0 in probe.factors
-    begin, now = training.before[steps - probe.window], training.ended
-    along = pending & begin.keys() if is_search and pending else begin.keys()
-    usable = all(torch.isfinite(each).all() for values in (begin, now) for each in values.values())
-    if not usable:
+    searched, is_close = is_search(probe), spec.is_close(steps)
+    now, averages = training.ended, spec.rule is None and not (searched or is_close)
+    begin = training.before[steps - (spec.span if averages else probe.window)]
+    end = training.before[steps - 1] if averages else now
+    along = (pending if searched and pending else end.keys()) & begin.keys()
+    if averages:
+        assert probe.factors == (MEAN_AT, 1.0)
+    elif is_close and not searched:
+        assert probe.factors == (1.0, 0.0)
+    if not all(torch.isfinite(each).all() for values in (begin, end, now) for each in values.values()):
         return
 
-    def at(factor):
-        moved = {name: between(begin[name], now[name], factor) if name in along else now[name] for name in now}
+    def at(factor, begin=begin, end=end):
+        moved = {name: between(begin[name], end[name], factor) if name in along else now[name] for name in now}
         return moved, mean_loss(training, moved, parts)
 
-    is_batched = probe.evaluator == "stacked"
+    is_streamed_gru = (probe.evaluator, spec.kind) == ("streamed", "gru")  # rounds as its memory is aligned
+    is_batched = probe.evaluator == "stacked" or is_streamed_gru
     eps = 1e-9 if spec.is_double else 0.1 if parts[-1].has_autocast else 2e-4
     looked = list(zip(probe.factors, probe.losses.tolist(), strict=True))
     for factor, loss in looked[:: max(1, count // 4)]:
         _, expected = at(factor)
-        if is_batched:
-            is_close = math.isclose(loss, expected, rel_tol=eps, abs_tol=eps)
-            assert not math.isfinite(expected) or is_close, (factor, loss, expected)
+        # Where the last step began, the loss is training's own.
+        is_own = factor == 1.0 if averages else factor == 0.0 and not searched
+        if is_batched or is_own:
+            is_near = math.isclose(loss, expected, rel_tol=eps, abs_tol=eps)
+            assert not math.isfinite(expected) or is_near, (factor, loss, expected)
         else:
             assert loss == expected or (math.isnan(loss) and math.isnan(expected)), (factor, loss, expected)
     sign = -1 if spec.maximize else 1
     if probe.retaken is not None:
-        expected, after = at(probe.retaken)
+        span = probe.window if searched or is_close else spec.span
+        begin = training.before[steps - span]
+        along = along & begin.keys()
+        expected, after = at(probe.retaken, begin, now)
         check_same(flat(expected), flat(values_of(training.model)))
-        _, was = at(0.0)
+        _, was = at(0.0, begin, now)
         slack = eps * (1 + abs(was)) if is_batched else 0.0
         assert sign * after <= sign * was + slack, f"the loss was {was} before the step and is {after}"
         for step, kept in training.before.items():
-            if steps - probe.window < step < steps:  # between these steps, now shorter
+            if steps - span < step < steps:  # between these steps, now shorter
                 for name in along & kept.keys():
                     torch.lerp(begin[name], kept[name], probe.retaken, out=kept[name])
-    elif is_search:
+    elif searched:
         _, was = at(0.0)
         _, stays = at(1.0)
         slack = eps * (1 + abs(was)) if is_batched else 0.0
@@ -815,21 +849,77 @@ def mean_loss(training, values, parts):
     return (losses[0] if len(losses) == 1 else torch.stack(losses).mean()).double().item()
 
 
-def check_move(training, level):
-    """Check that the level moved by the source's factor, as far as the guard and the limits let it."""
-    spec, probe = training.spec, training.scheduler.last_probe
+def is_search(probe):
+    """Whether a probe searched a first step: it looked at many scales, the shortest first."""
+    return probe.factors[0] == 0.0
+
+
+def asked_for(spec, costs, factors):
+    """Return by how much the rule alone would move the level; ``None`` where what it says is not modelled."""
+    if spec.rule is None:
+        return 1.2 if any(map(math.isfinite, costs)) else 1.0
+    if not all(map(math.isfinite, costs)):
+        return None
+    return 1.0 if len(set(costs)) == 1 else reference.next_lr(costs, 1.0, factors)
+
+
+def check_move(training, level, parts):
+    """Check that the level moved by what the rule asks for, as far as the heat and the limits let it."""
+    spec, probe, steps = training.spec, training.scheduler.last_probe, training.steps
+    state = training.scheduler.state_dict()["level"]
+    value, was = state["value"], level["value"]
+    lowest, highest = level_limits(training)
+    is_close = spec.is_close(steps) and spec.direction == "step"
+    if probe.retaken is not None:
+        wanted = min(was * max(probe.retaken, 0.5), state["ceiling"])
+        assert math.isclose(value, min(max(wanted, lowest), highest), rel_tol=1e-9)
+        assert state["ceiling"] == (level["ceiling"] if is_close else 0.8 * was)
+        return
+    assert math.isclose(float(probe.factor), value / was, rel_tol=1e-9)
+    heats = list(level["heat"]["heats"])
+    if spec.span and steps >= spec.span and not is_close:
+        heats = [*heats[1:], check_heat(training, state["heat"]["heats"][-1], value / was, parts)]
     sign = -1 if spec.maximize else 1
     costs = [sign * loss for loss in probe.losses.tolist()]
-    if all(map(math.isfinite, costs)):
-        expected = 1.0 if len(set(costs)) == 1 else reference.next_lr(costs, 1.0, probe.factors)
-        assert math.isclose(float(probe.factor), expected, rel_tol=1e-9)
-    multiplier = annealing(spec, training.steps)
-    value, was = training.scheduler.state_dict()["level"]["value"], level["value"]
-    lowest, highest = level_limits(training)
-    ratio = min(max(float(probe.factor) ** multiplier, lowest / was), highest / was)
-    wanted = was * ratio ** level["plateau"]
-    least = was * min(probe.factors) ** multiplier  # the guard holds it, and may take half
-    assert max(0.5 * min(wanted, least), lowest) * (1 - 1e-9) <= value <= wanted * (1 + 1e-9)
+    if is_close:  # the step itself clearly raised the loss of its batch, or it did not
+        ended, began = costs
+        asked = 1 / 1.2 if ended - began > 0.1 * abs(began) else 1.0
+    else:
+        asked = asked_for(spec, costs, probe.factors)
+    if asked is None:
+        assert value <= max(was * 1.5, lowest) * (1 + 1e-9)
+        return
+    moved = moved_by_heat(asked, heats, state["heat"], spec.arguments["max_heat"]) ** annealing(spec, steps)
+    expected = min(max(min(was * moved, level["ceiling"]), lowest), highest)
+    facts = {
+        "was": was,
+        "value": value,
+        "asked": asked,
+        "moved": moved,
+        "heats": heats,
+        "state": state,
+        "close": is_close,
+    }
+    assert math.isclose(value, expected, rel_tol=1e-9), (expected, facts, probe)
+
+
+def check_heat(training, heat, moved, parts):
+    """Check what averaging wins against deep copies, and return it as it was before the level moved."""
+    spec, steps = training.spec, training.steps
+    heat = heat / moved if heat > 0 else heat
+    older, newer, now = training.before[steps - spec.span], training.before[steps - 1], training.ended
+    both = older.keys() & newer.keys()
+    sign = -1 if spec.maximize else 1
+    at_newer = sign * mean_loss(training, {**now, **{name: newer[name] for name in both}}, parts)
+    mixed = {name: between(older[name], newer[name], MEAN_AT) for name in both}
+    at_mean = sign * mean_loss(training, {**now, **mixed}, parts)
+    eps = 1e-9 if spec.is_double else 0.1 if parts[-1].has_autocast else 2e-4
+    if math.isfinite(at_newer - at_mean):
+        atol = eps * (abs(at_newer) + abs(at_mean) + 1e-3)
+        assert math.isclose(heat, at_newer - at_mean, abs_tol=atol), (heat, at_newer, at_mean)
+    else:
+        assert math.isnan(heat)
+    return heat
 
 
 def level_limits(training):
@@ -867,8 +957,9 @@ def check_rates(training):
     assert last == rates[: len(last)]  # a group that was added since the last step is not among them
     lowest, highest = spec.arguments.get("lr_limits", (1e-12, 1e4))
     state = scheduler.state_dict()["level"]
-    assert all(math.isfinite(state[key]) and state[key] > 0 for key in ("value", "plateau"))
-    annealed = state["value"] * state["plateau"] * annealing(spec, scheduler.last_epoch)
+    assert math.isfinite(state["value"])
+    assert 0 < state["value"] <= max(state["ceiling"], level_limits(training)[0]) * (1 + 1e-12)
+    annealed = state["value"] * annealing(spec, scheduler.last_epoch)
     for rate, base, level in zip(rates, state["base_lrs"], scheduler.level, strict=False):
         expected = min(max(base * annealed, lowest), highest) if base else 0.0
         assert math.isclose(rate, expected, rel_tol=1e-9), (rate, expected)

@@ -71,7 +71,7 @@ def sharded(rank, evaluator):
     fully_shard(model[2])
     fully_shard(model)
     optimizer = sgd(model, lr=0.1, momentum=0.9)
-    pinned = {"lr_limits": (0.1, 0.1), "calibration_steps": 0, "probe_every_steps": 1}
+    pinned = {"lr_limits": (0.1, 0.1), "calibration_steps": 0, "probe_every_steps": 1, "rule": Rule()}
     scheduler = AutoLR(optimizer, model, **pinned, evaluator=evaluator) if evaluator else None
     losses, probes = [], []
     for step in range(STEPS):
@@ -85,7 +85,8 @@ def sharded(rank, evaluator):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*sharded over ranks")
                 scheduler.step(partial(loss_of, model))
-            probes.append(scheduler.last_probe.losses)
+            if step:  # the first has none: where a step before began is not known
+                probes.append(scheduler.last_probe.losses)
     return losses, probes
 
 
@@ -168,6 +169,7 @@ def test_sharded_candidates_equal_whole_ones(results):
         lr_limits=(0.1, 0.1),
         calibration_steps=0,
         probe_every_steps=1,
+        rule=Rule(),
         evaluator="inplace",
     )
     for step in range(STEPS):
@@ -177,5 +179,5 @@ def test_sharded_candidates_equal_whole_ones(results):
 
         train_step(model, optimizer, loss)
         scheduler.step(partial(loss, model))
-        for _, probes in results[0][-2][1:]:
-            torch.testing.assert_close(probes[step], scheduler.last_probe.losses, rtol=1e-4, atol=1e-5)
+        for _, probes in results[0][-2][1:] if step else []:
+            torch.testing.assert_close(probes[step - 1], scheduler.last_probe.losses, rtol=1e-4, atol=1e-5)

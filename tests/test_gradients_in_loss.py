@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import weakref
 
 import pytest
@@ -148,7 +149,7 @@ def test_a_loss_that_is_another_without_gradients_is_evaluated_with_them(window)
 @pytest.mark.parametrize("every", [2, 3])
 def test_a_penalty_now_and_then(every, way, evaluator):
     """As in WGAN-GP and with lazy regularisation: the closure is of another kind at a later probe."""
-    model, optimizer, scheduler = start(evaluator)
+    model, optimizer, scheduler = start(evaluator, max_heat=math.inf)
     model.eval()
     for step in range(1, 7):
         loss_of = penalised if step % every == 0 else lambda model, x: model(x).square().mean()
@@ -272,7 +273,9 @@ def test_no_graph_outlives_its_candidate(way):
 @pytest.mark.parametrize("window", [1, 2])
 def test_gradients_are_off_for_a_loss_that_does_not_need_them(window):
     """But for one run, where the loss before the line is not known."""
-    model, optimizer, scheduler = start(rule=Rule(FACTORS_3, window_steps=window), probe_every_steps=window)
+    model, optimizer, scheduler = start(
+        rule=Rule(FACTORS_3, window_steps=window), probe_every_steps=window, max_heat=math.inf
+    )
     modes = []
 
     def closure():

@@ -17,10 +17,10 @@ from torch import nn
 from autolr_fast import FACTORS_3, AutoLR, ClosureError, Rule
 from autolr_fast._isolation import isolation, replay
 from autolr_fast._isolation.random_streams import RandomStreams
-from autolr_fast._level.guard import Guard
+from autolr_fast._level.heat import Heat
 from autolr_fast._steps import Losses
 
-from .helpers import losses_of_copies, mlp, parameters_of, sgd
+from .helpers import between, losses_of_copies, mlp, moved_by_heat, parameters_of, sgd
 
 TWICE = "scheduler.loss was called twice before a step, and found no gradients"
 PROBED = {1, 2, 3, 5, 10}  # of the first twelve steps, as below
@@ -375,21 +375,21 @@ def test_probes_that_were_given_no_loss_are_told():
 
 @pytest.fixture
 def held(monkeypatch):
-    """The losses that a guard is given."""
-    losses, hold = [], Guard.hold
+    """The losses that the gain is made of."""
+    losses, add = [], Heat.add_loss
 
-    def spy(self, wanted, loss, variance=None):
+    def spy(self, loss, step):
         losses.append(loss.item())
-        return hold(self, wanted, loss, variance)
+        add(self, loss, step)
 
-    monkeypatch.setattr(Guard, "hold", spy)
+    monkeypatch.setattr(Heat, "add_loss", spy)
     return losses
 
 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("calibration", [0, 1])
-def test_a_guard_judges_by_the_mean_of_all_losses_since_the_last_probe(calibration, micro_batches, maximize, held):
+def test_the_gain_is_of_the_mean_of_all_losses_since_the_last_probe(calibration, micro_batches, maximize, held):
     """Those that are not finite count for nothing; that of the first search is of a network that has not begun."""
     model, optimizer, scheduler = start(
         0.01, maximize, **{**OFTEN, "calibration_steps": calibration, "probe_every_steps": 4}
@@ -442,8 +442,8 @@ SEEN = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("case", sorted(SEEN))
-def test_mean_and_variance_of_the_mean_are_torchs(case, elsewhere, dtype, own):
-    """Of the finite ones, since the last were forgotten; not a number where there are too few."""
+def test_the_mean_is_torchs(case, elsewhere, dtype, own):
+    """Of the finite ones, since the last were forgotten; not a number where there is none."""
     losses = Losses(mlp(), "last")
     for _ in range(2):
         assert losses.seen(None) is None
@@ -458,8 +458,7 @@ def test_mean_and_variance_of_the_mean_are_torchs(case, elsewhere, dtype, own):
         seen = seen.as_subclass(torch.Tensor)
         assert seen.dtype == torch.float64
         finite = given[given.isfinite()].double()
-        variance = torch.var(finite) / len(finite) if len(finite) > 1 else torch.tensor(math.nan)
-        expected = torch.stack([finite.mean(), variance, torch.tensor(math.nan if own is None else own)])
+        expected = torch.stack([finite.mean(), torch.tensor(math.nan if own is None else own)])
         rounding = torch.finfo(torch.float64).eps * finite.square().sum().item()
         torch.testing.assert_close(seen, expected.double(), rtol=1e-9, atol=rounding, equal_nan=True)
         losses.forget()
@@ -596,3 +595,46 @@ def test_a_model_may_be_one_parameter():
     scheduler.step()
     expected = [(3 - factor * 1.5) ** 2 / 2 for factor in FACTORS_3]
     assert scheduler.last_probe.losses.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("through_loss", [True, False])
+def test_the_loss_before_the_step_is_evaluated_only_where_training_did_not(through_loss, maximize):
+    model, optimizer, scheduler = start(maximize=maximize, calibration_steps=0, probe_every_steps=1)
+    sign, calls, history, heats = -1 if maximize else 1, [], [], [math.nan] * 5
+    base, labels = batch()
+    for step in range(1, 9):
+        x = base + 0.01 * torch.randn_like(base)  # another batch each time, on which the loss falls all the same
+        history.append(parameters_of(model))
+
+        def loss(model, x=x):
+            return sign * loss_of(model, x, labels)
+
+        def closure(loss=loss):
+            calls.append(1)
+            return loss(model)
+
+        optimizer.zero_grad()
+        (scheduler.loss(closure) if through_loss else closure()).backward()
+        optimizer.step()
+        calls.clear()
+        level = scheduler.level[0]
+        scheduler.step(*(() if through_loss else (closure,)))
+        if step == 1:  # there is no earlier step to look along
+            assert (scheduler.last_probe, calls) == (None, [])
+            continue
+        probe, (older, newer) = scheduler.last_probe, history[-2:]
+        assert (probe.step, probe.window, probe.factors) == (step, 1, (2 / 3, 1.0))
+        mixed = {name: between(older[name], newer[name], 2 / 3) for name in newer}
+        expected = [losses_of_copies(model, prev, (0.0,), loss)[0] for prev in (mixed, newer)]
+        assert probe.losses.tolist() == expected
+        costs = [sign * each for each in expected]
+        assert probe.weights.tolist() == [costs[0] < costs[1], costs[0] > costs[1]]
+        heats = [*heats[1:], costs[1] - costs[0]]
+        state = scheduler.state_dict()["level"]["heat"]
+        moved = moved_by_heat(1.2, heats, state, limit=0.2)
+        assert scheduler.level[0] / level == pytest.approx(moved)
+        assert probe.factor.item() == pytest.approx(moved)
+        heats = [each * moved if each > 0 else each for each in heats]
+        if step > 2:  # the first checks the closure
+            assert len(calls) == (1 if through_loss else 2)

@@ -73,7 +73,7 @@ def scheduler_of(model, whole, real):
         probe_every_steps=whole(2),
         probe_until_fraction=real(0.5),
         calibration_steps=whole(3),
-        guard_probes=whole(4),
+        max_heat=real(0.25),
         anneal=lambda done: real(1 - done),
         lr_limits=(real(2.0**-20), real(8.0)),
         rule=Rule(factors=[real(2.0), real(0.5)], window_steps=(whole(1), whole(2))),

@@ -297,7 +297,7 @@ def replace(group, rate):
 def test_a_rate_that_something_else_wrote_is_put_back_and_told_once(kind, which, by, told):
     """The step is taken at AutoLR's own, though the loop goes on writing another one each time."""
     model, loss_of, optimizer, scheduler = start(
-        optimizer_of=two_groups(kind), calibration_steps=0, probe_every_steps=2
+        optimizer_of=two_groups(kind), calibration_steps=0, probe_every_steps=2, rule=Rule()
     )
     for step in range(1, 7):
         own = [float(lr) for lr in scheduler.get_last_lr()]
@@ -381,7 +381,10 @@ def test_equal_rates_that_are_loaded_are_not_told(kind):
 def test_a_group_that_is_new_may_have_its_own_rate(probed):
     """Also where a state is asked for before its first step, or the closure raises after it."""
     model, loss_of, optimizer, scheduler = start(
-        optimizer_of=lambda model: sgd(model[0]), calibration_steps=0, probe_every_steps=1 if probed else 10
+        optimizer_of=lambda model: sgd(model[0]),
+        calibration_steps=0,
+        probe_every_steps=1 if probed else 10,
+        rule=Rule(),
     )
     optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.02})
     scheduler.state_dict()

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autolr_fast import FACTORS_2, AutoLR, Rule
+from autolr_fast import AutoLR
 
 from .helpers import mlp, problem, sgd
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LOOP, EQUIVALENT, SEVERAL, TREE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOOP, EQUIVALENT, END, SEVERAL, TREE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_loop_runs_as_it_stands():
@@ -28,20 +28,58 @@ def test_the_loop_runs_as_it_stands():
     assert F.cross_entropy(model(x), y).item() < 0.5 * first
 
 
-def test_the_equivalent_is_equivalent():
+@pytest.mark.parametrize("share", [0.03, 0.7, 40.0])
+def test_the_equivalent_is_equivalent(share):
+    """The heat is that of a training, and the move that of a heat which is this share of the gain."""
     model, _ = problem("mlp")
-    x, y = torch.randn(12, 5), torch.randint(3, (12,))
     optimizer = sgd(model, momentum=0.9)
-    scheduler = AutoLR(optimizer, model, calibration_steps=0, probe_every_steps=1, rule=Rule(window_steps=1))
-    loss = scheduler.loss(lambda: F.cross_entropy(model(x), y))
-    scope = {"copy": copy, "math": math, "model": model, "loss_fn": F.cross_entropy, "x": x, "y": y}
-    scope |= {"factors": FACTORS_2, "lr": 0.1, "prev": [p.detach().clone() for p in model.parameters()]}
-    loss.backward()
-    optimizer.step()
+    scheduler = AutoLR(optimizer, model, calibration_steps=0, probe_every_steps=12)
+    heat, history, scope = scheduler._level.heat, [], {}
+    for step in range(1, 13):
+        x, y = torch.randn(12, 5), torch.randint(3, (12,))
+        history.append([p.detach().clone() for p in model.parameters()])
+        optimizer.zero_grad()
+        loss = scheduler.loss(lambda x=x, y=y: F.cross_entropy(model(x), y))
+        loss.backward()
+        if step == 12:
+            scope = {"copy": copy, "model": model, "loss_fn": F.cross_entropy, "x": x, "y": y, "loss": loss}
+            scope |= {"ten_steps_before": history[-11], "before_this_step": history[-1], "gain": 1.0, "lr": 1.0}
+            exec(EQUIVALENT, scope)
+        optimizer.step()
+        scheduler.step()
+    found = (scheduler.last_probe.losses[1] - scheduler.last_probe.losses[0]).item()
+    assert found == pytest.approx(scope["heat"], rel=1e-3)
+    gain = abs(found) / share
+    means = [gain / (4 * math.log(2)), 0.0]
+    heat.load({**heat.state(), "heats": [abs(found)] * 5, "means": means, "most": gain, "is_lowest": True})
+    scope |= {"loss": loss.detach() - scope["heat"] + abs(scope["heat"]), "gain": gain, "lr": 1.0}
     exec(EQUIVALENT, scope)
-    scheduler.step()
-    assert scheduler.get_last_lr()[0] == pytest.approx(scope["lr"], rel=1e-4)
-    assert scope["lr"] != 0.1
+    moved = heat.temper(torch.tensor(1.2, dtype=torch.float64)).item()
+    assert moved == pytest.approx(scope["lr"], rel=1e-3)
+
+
+def test_the_end_runs_as_it_stands():
+    """A held-back loss that rises ends a training of no known length."""
+    model, _ = problem("mlp")
+    optimizer, seen = sgd(model), []
+
+    def train_some_steps():
+        for _ in range(10):
+            optimizer.zero_grad()
+            x, y = torch.randn(12, 5), torch.randint(3, (12,))
+            scope["scheduler"].loss(lambda x=x, y=y: F.cross_entropy(model(x), y)).backward()
+            optimizer.step()
+            scope["scheduler"].step()
+
+    def validation_loss():
+        seen.append(abs(len(seen) - 10) / 10)
+        return seen[-1]
+
+    scope = {"AutoLR": AutoLR, "model": model, "optimizer": optimizer}
+    scope |= {"train_some_steps": train_some_steps, "validation_loss": validation_loss}
+    exec(END, scope)
+    assert 14 < len(seen) < 40
+    assert scope["scheduler"].has_ended
 
 
 def test_several_optimizers_run_as_they_stand():

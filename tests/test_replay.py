@@ -1,6 +1,7 @@
 """A probe sees the batch and the noise of the step that it judges, and leaves the random streams to training."""
 
 import contextlib
+import math
 import random
 import warnings
 
@@ -336,6 +337,44 @@ def test_a_replay_that_is_not_the_step_is_told_once_with_both_losses(case, which
     assert scheduler.last_probe.step == 3
 
 
+@pytest.mark.parametrize("changes", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_by_the_heat_alone_a_replay_is_compared_where_the_last_step_began(every, changes):
+    """There training saw the loss, and not where the line over several steps begins."""
+    model = nn.Linear(5, 3)
+    optimizer = sgd(model, lr=0.5)
+    scheduler = AutoLR(optimizer, model, evaluator="inplace", calibration_steps=0, probe_every_steps=every)
+    runs = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        while scheduler.last_probe is None:
+            x, y, ran = torch.randn(12, 5), torch.randint(3, (12,)), []
+
+            def loss_of(model, x=x, y=y, ran=ran):
+                ran.append(1)
+                return F.cross_entropy(model(x), y)
+
+            optimizer.zero_grad()
+            prev = parameters_of(model)
+            loss = scheduler.loss(lambda: loss_of(model))
+            loss.backward()
+            if changes:
+                x.normal_()
+            optimizer.step()
+            scheduler.step()
+            runs.append(len(ran))
+    told = [str(each.message) for each in caught if CHANGED in str(each.message)]
+    now = losses_of_copies(model, prev, [0.0], loss_of)[0]
+    assert len(told) == changes
+    said = (
+        f"scheduler.loss returned {loss.item():.6g}, and the closure now returns {now:.6g} at the same parameters"
+    )
+    assert all(each.startswith(said) for each in told)
+    assert scheduler.last_probe.losses[1].item() == pytest.approx(now if changes else loss.item(), rel=1e-6)
+    if not changes:
+        assert runs == [1] * (len(runs) - 1) + [1 + 1 + 1]  # of the step, to check it, of the mean
+
+
 def test_a_batch_that_each_forward_changes_in_place_is_an_error():
     """No two candidates would see the same."""
     model = nn.Linear(5, 3)
@@ -409,7 +448,7 @@ def test_the_first_probe_checks_the_closure_and_the_later_ones_do_not(way, windo
     model = nn.Linear(5, 3)
     optimizer = sgd(model, lr=0.05)
     rule = Rule(FACTORS_5, window_steps=window)
-    scheduler = AutoLR(optimizer, model, evaluator="inplace", **{**EACH_STEP, "rule": rule})
+    scheduler = AutoLR(optimizer, model, evaluator="inplace", max_heat=math.inf, **{**EACH_STEP, "rule": rule})
     counts = []
     for _ in calls:
         x, y, ran = torch.randn(12, 5), torch.randint(3, (12,)), []
@@ -433,7 +472,7 @@ def test_over_several_steps_the_closure_is_run_three_times_to_check_it():
     model = nn.Linear(5, 3)
     optimizer = sgd(model, lr=0.05)
     settings = {"calibration_steps": 0, "probe_every_steps": 2, "rule": Rule(FACTORS_5, window_steps=2)}
-    scheduler = AutoLR(optimizer, model, evaluator="inplace", **settings)
+    scheduler = AutoLR(optimizer, model, evaluator="inplace", max_heat=math.inf, **settings)
     ran = []
     for _ in range(4):
         x, y = torch.randn(12, 5), torch.randint(3, (12,))

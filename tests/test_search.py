@@ -258,6 +258,23 @@ def test_a_negative_loss_blows_up_by_its_size():
     assert again(lambda ratio: 2.9 * ratio - 1, 1.9, -1.0) == (None, 0)
 
 
+@pytest.mark.parametrize(("began", "least"), [(4.0, 2.0), (2.0, 1.0), (-1.0, 0.5), (0.0, 0.0)])
+def test_steps_that_raised_the_loss_of_their_batch_by_half_are_to_blame(began, least):
+    """Several may have done it together; of those that did not, nothing is looked at but how far they raised it."""
+    blown = began + 1.1 * least + 9
+    for rise in (0.9 * least, 1.1 * least, least + 1):
+        found, looked = again(lambda ratio, rise=rise: began + rise * ratio, blown, -0.1)
+        assert (found is None, looked == 2) == (rise <= least,) * 2
+        assert found is None or found.taken == 0
+
+
+@pytest.mark.parametrize(("cost", "rise", "is_taken"), [(5.9, 9, False), (6.1, 1.9, False), (6.1, 2.1, True)])
+def test_a_rise_that_is_too_much_may_be_given(cost, rise, is_taken):
+    """It holds for the loss after the steps, and for what they did to that of their batch."""
+    look, _ = look_at(lambda ratio: 4 + rise * ratio)
+    assert (search_again(look, cost, 4.0, most=2.0) is not None) == is_taken
+
+
 def test_where_no_shorter_steps_help_they_are_undone():
     """What is nearest to where they ended may be better the longer it is."""
     found, _ = again(lambda ratio: 1 + 100 * min(ratio, 0.1) - 0.5 * ratio, 10.5, 1.0)
@@ -269,7 +286,7 @@ def test_where_no_shorter_steps_help_they_are_undone():
     ("loss_at", "loss", "before", "looked"),
     [
         (lambda ratio: 3.9, 3.9, 1.0, 0),  # not as much
-        (lambda ratio: 2 + 4 * ratio, 6.0, 1.0, 2),  # another batch had a lower loss
+        (lambda ratio: 4 + 2 * ratio, 6.0, 1.0, 2),  # another batch had a lower loss
         (lambda ratio: 1 + 99 * (ratio > 1), 100.0, 1.0, 2),  # only further steps would have done harm
         (lambda ratio: 5.0, 5.0, math.inf, 0),  # nothing known from before
         (lambda ratio: math.nan, math.nan, 1.0, 2),  # nor is it finite where they began

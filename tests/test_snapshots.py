@@ -1,6 +1,5 @@
 import gc
 import weakref
-from functools import partial
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 
 from autolr_fast import ClosureError
 from autolr_fast._optimizers import Optimizers
-from autolr_fast._steps import ProbeSchedule, ProbeTracker, Snapshots, StepCounter, StepLine, windows_for
+from autolr_fast._steps import ProbeSchedule, ProbeTracker, Snapshots, StepCounter, StepLine
 
 from .helpers import mlp, problem, train_step
 
@@ -21,13 +20,23 @@ def counted(optimizer, schedule):
     return snapshots, StepCounter(optimizers, before_step=snapshots.keep)
 
 
+def starts(schedule, step):
+    """After how many steps the lines of a probe begin."""
+    window = schedule.window_at(step)
+    if window is None:
+        return set()
+    averages = {1, schedule.mean_steps} if schedule.mean_steps and step > schedule.first_steps else set()
+    return {step - back for back in {window, *averages} if back <= step}
+
+
 @given(
     st.none() | st.integers(1, 12),
     st.integers(0, 12),
     st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    st.sampled_from([0, 0, 2, 5, 9]),
 )
-def test_every_probe_finds_its_snapshot_and_none_is_kept_in_vain(every, first, windows):
-    schedule = ProbeSchedule(every, first, tuple(windows))
+def test_every_probe_finds_its_snapshots_and_none_is_kept_in_vain(every, first, windows, mean_steps):
+    schedule = ProbeSchedule(every, first, tuple(windows), mean_steps=mean_steps)
     model, loss_of = mlp(), lambda model: model(torch.ones(1, 5)).square().sum()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     snapshots, counter = counted(optimizer, schedule)
@@ -36,34 +45,13 @@ def test_every_probe_finds_its_snapshot_and_none_is_kept_in_vain(every, first, w
         history.append([p.detach().clone() for p in model.parameters()])
         train_step(model, optimizer, loss_of)
         assert counter.steps == step
-        if window := schedule.window_at(step):
+        if schedule.window_at(step):
             assert step <= first or step % every == 0
-            assert all(map(torch.equal, snapshots._kept[step - window].values(), history[step - window]))
+            for start in starts(schedule, step):
+                assert all(map(torch.equal, snapshots._kept[start].values(), history[start]))
         snapshots.drop_used(step)
-        probes = [(m, schedule.window_at(m)) for m in range(step + 1, step + 10)]
-        needed = {m - window for m, window in probes if window and m - window < step}
+        needed = {start for m in range(step + 1, step + 10) for start in starts(schedule, m) if start < step}
         assert set(snapshots._kept) == needed
-
-
-@pytest.mark.parametrize(
-    ("build", "open_after"),
-    [
-        (torch.optim.SGD, [29, 39, 49, 59]),
-        (partial(torch.optim.SGD, momentum=0.9), [29, 49]),
-        (torch.optim.AdamW, [28, 29, 48, 49]),
-    ],
-)
-def test_default_keeps_nothing_between_probes(build, open_after):
-    model, loss_of = problem("mlp")
-    optimizer = build(model.parameters(), lr=0.01)
-    snapshots, counter = counted(optimizer, ProbeSchedule(10, 20, windows_for(Optimizers(optimizer))))
-    held = []
-    for _ in range(60):
-        train_step(model, optimizer, loss_of)
-        snapshots.drop_used(counter.steps)
-        held.append(len(snapshots._kept))
-    assert max(held) == 1
-    assert [step for step, count in enumerate(held, 1) if count and step > 20] == open_after
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -3,11 +3,11 @@ import pytest
 from autolr_fast import __version__
 from autolr_fast._state import HEADER, complete
 
-EXPECTED = {**HEADER, "level": {"value": 1.0, "guard": {"ceiling": 2.0}}, "steps": 3}
+EXPECTED = {**HEADER, "level": {"value": 1.0, "heat": {"step": 2}}, "steps": 3}
 
 
 def test_a_state_says_which_version_saved_it():
-    assert {"version": 1, "saved_by": f"autolr_fast {__version__}"} == HEADER
+    assert {"version": 2, "saved_by": f"autolr_fast {__version__}"} == HEADER
 
 
 def test_a_key_that_is_new_gets_its_default():
@@ -22,8 +22,8 @@ def test_a_key_that_is_new_gets_its_default():
     ("change", "says"),
     [
         ({"steps": ...}, "has no 'steps'"),
-        ({"level": {"value": 1.0}}, "has no 'level.guard'"),
-        ({"level": {"value": 1.0, "guard": {"mean": 2.0}}}, "has no 'level.guard.ceiling'"),
+        ({"level": {"value": 1.0}}, "has no 'level.heat'"),
+        ({"level": {"value": 1.0, "heat": {"mean": 2.0}}}, "has no 'level.heat.step'"),
         ({"more": 1}, "has 'more', which is not known here"),
         ({"level": 3.0}, "has 3.0 as 'level'"),
     ],
@@ -45,3 +45,14 @@ def test_of_a_dict_that_is_empty_here_the_keys_are_not_known():
     """As of the state of an evaluator that is not chosen yet."""
     state = {**EXPECTED, "evaluator": {"state": {"chunk": 2}}}
     assert complete(state, {**EXPECTED, "evaluator": {"state": {}}}, {}, "AutoLR") == state
+
+
+def test_a_state_of_before_another_rule_is_refused_with_the_remedy():
+    """Also one that has all the keys; one of later is judged by its keys."""
+    state = {**EXPECTED, "saved_by": "autolr_fast 0.9"}
+    for version in (0, 1):
+        with pytest.raises(ValueError, match="by autolr_fast 0.9, version .*another since version 2.*new AutoLR"):
+            complete({**state, "version": version}, EXPECTED, {}, "AutoLR", since=2)
+    for version in (2, 3):
+        assert complete({**state, "version": version}, EXPECTED, {}, "AutoLR", since=2)["version"] == version
+    assert complete({**state, "version": 1}, EXPECTED, {}, "ALRTree")["version"] == 1

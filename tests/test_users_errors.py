@@ -51,7 +51,7 @@ def test_what_the_user_raises_arrives_as_itself(way, evaluator, error):
 def test_what_the_user_raises_in_training_arrives_as_itself_and_the_closure_is_forgotten(error):
     model = mlp()
     optimizer = sgd(model, lr=0.05)
-    scheduler = AutoLR(optimizer, model, calibration_steps=0, probe_every_steps=1)
+    scheduler = AutoLR(optimizer, model, calibration_steps=1)
     raised = error("the user's own")
 
     def closure():

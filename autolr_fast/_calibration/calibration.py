@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from .._evaluators.prober import Look
-from .search import Found, LookAt, has_blown_up, search, search_again
+from .search import Found, LookAt, has_risen, search, search_again
 
 __all__ = ["Calibration", "start_ratio"]
 
 _CAUTION = 1 / 3  # the level after the first step, at most, in units of the rate that suits that step
+_LOST = 0.5  # of all that the loss has fallen: steps that raise it by more are taken again, and
+_LEAST = 0.25  # of its size: noise raises it by less
 
 
 class Calibration:
@@ -21,17 +23,18 @@ class Calibration:
 
     Args:
         steps: optimizer steps that are calibrated, the first of the training; 0 for none.
-        factors: of a probe: a search looks at as many candidates at once.
+        at_once: candidates of a look in a search.
 
     Attributes:
         steps: as given.
     """
 
-    def __init__(self, steps: int, factors: Sequence[float]):
+    def __init__(self, steps: int, at_once: int):
         self.steps = steps
-        self._at_once = len(factors)
+        self._at_once = at_once
         self._found = steps == 0
         self._lowest_cost = math.inf  # that a calibrated step ended at
+        self._first_mean = self._lowest_mean = math.nan  # of the losses between probes
 
     def is_searching(self, step: int) -> bool:
         """Whether the probe after ``step`` optimizer steps searches for the first level."""
@@ -75,19 +78,52 @@ class Calibration:
         """
         ended = cost.item()
         own = math.nan if seen.training is None else seen.training.own.item()  # of the batch, before the last step
-        did_no_harm = window == 1 and math.isfinite(own) and not has_blown_up(ended, own)
+        did_no_harm = window == 1 and math.isfinite(own) and not has_risen(ended, own)
         before = self._lowest_cost if math.isnan(own) else min(self._lowest_cost, own)
         found = None if did_no_harm else search_again(look, ended, before)
         self._lowest_cost = min(self._lowest_cost, ended if found is None else found.cost)
         return found
 
+    def see(self, mean: float) -> None:
+        """See the mean loss of the steps since the last probe, as a cost; one that is not finite says nothing."""
+        self._first_mean, self._lowest_mean = self._means_with(mean)
+
+    def find_later(self, look: LookAt, cost: float, mean: float) -> Found | None:
+        """Find how long the last steps had better been, if they lost half of what the training has won.
+
+        Args:
+            look: at the candidates of these steps, after the first ones.
+            cost: about where they ended.
+            mean: what :meth:`see` will see of them.
+
+        Returns:
+            ``None`` if they did not.
+        """
+        first, lowest = self._means_with(mean)
+        most = max(_LOST * (first - lowest), _LEAST * abs(lowest))
+        return search_again(look, cost, lowest, most) if first > lowest else None
+
+    def _means_with(self, mean: float) -> tuple[float, float]:
+        """Return the first and the lowest mean once another is seen."""
+        if not math.isfinite(mean):
+            return self._first_mean, self._lowest_mean
+        if math.isnan(self._first_mean):
+            return mean, mean
+        return self._first_mean, min(mean, self._lowest_mean)
+
     def state(self) -> dict[str, Any]:
         """Return what :meth:`load` takes."""
-        return {"found": self._found, "lowest_cost": self._lowest_cost}
+        return {
+            "found": self._found,
+            "lowest_cost": self._lowest_cost,
+            "first_mean": self._first_mean,
+            "lowest_mean": self._lowest_mean,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` returned."""
         self._found, self._lowest_cost = state["found"], state["lowest_cost"]
+        self._first_mean, self._lowest_mean = state["first_mean"], state["lowest_mean"]
 
 
 def start_ratio(groups: Iterable[Mapping[str, Any]], began_warm: bool = False) -> float:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .._evaluators.prober import Look
 
-__all__ = ["Found", "LookAt", "has_blown_up", "search", "search_again"]
+__all__ = ["Found", "LookAt", "has_risen", "search", "search_again"]
 
 LookAt = Callable[[Sequence[float]], Look]
 """From ratios to the step that was taken to what these candidates say."""
@@ -25,7 +25,8 @@ _DEEP = 0.5  # of the deepest fall up to there: a nearer minimum that is as deep
 _LEVEL = 1.1  # times the fall so far, that a step four times as long has to reach: else the loss has levelled off
 _NEARLY = 0.995  # of the deepest fall: a shorter step that wins as much is preferred
 _WIDTHS = (2.0, 2.0**0.5)  # how far around the best is looked then
-_BLOWN_UP = 4  # times as high a loss
+_BLOWN_UP = 4  # times as high a loss as the lowest of earlier steps, while
+_SHARE = 0.5  # of its size is the least by which such steps raise that of their batch: several do it together
 _SHORTENED = range(-5, 0)  # powers of the stride, of steps that are taken again
 
 
@@ -107,7 +108,7 @@ def search(look: LookAt, at_once: int, step: float, begin: float, highest: float
     return scan.found(best, taken if scan.fall(taken) > 0 else scan.lowest(up_to=taken))
 
 
-def search_again(look: LookAt, cost: float, before: float) -> Found | None:
+def search_again(look: LookAt, cost: float, before: float, most: float | None = None) -> Found | None:
     """Find how long the last steps had better been, if the loss blew up in them.
 
     A rate that suits the first step may be far too high for the fifth, and then each step multiplies the loss; no
@@ -117,16 +118,17 @@ def search_again(look: LookAt, cost: float, before: float) -> Found | None:
         look: from factors of the steps to what these candidates say.
         cost: about where the steps ended: what tells whether to look at all.
         before: the lowest of earlier steps, with other batches.
+        most: as of :func:`has_blown_up`.
 
     Returns:
-        ``None`` if the loss did not blow up, with this batch, from where the steps began to where they ended, or is
-        not finite where they began.
+        ``None`` if the loss did not blow up, or the steps raised that of their batch by less than ``most`` (half of
+        its size if not given), or it is not finite where they began.
     """
-    if not has_blown_up(cost, before):
+    if not has_blown_up(cost, before, most):
         return None
     scan = _Scan(look, at_once=2)
     scan.at([1.0, 0.0])
-    if not (math.isfinite(scan.began) and has_blown_up(scan.cost(1.0), scan.began)):
+    if not (math.isfinite(scan.began) and has_risen(scan.cost(1.0), scan.began, most)):
         return None
     scan.at([_STRIDE**power for power in _SHORTENED])
     best = scan.lowest()
@@ -134,9 +136,20 @@ def search_again(look: LookAt, cost: float, before: float) -> Found | None:
     return scan.found(best, best)
 
 
-def has_blown_up(loss: float, before: float) -> bool:
-    """Whether a loss is not finite, or four times as high as another (above it by three times its size)."""
-    return not loss - before <= (_BLOWN_UP - 1) * abs(before)
+def has_risen(loss: float, began: float, most: float | None = None) -> bool:
+    """Whether steps raised the loss of their batch enough to be to blame; ``most`` as of :func:`search_again`."""
+    return has_blown_up(loss, began, _SHARE * abs(began) if most is None else most)
+
+
+def has_blown_up(loss: float, before: float, most: float | None = None) -> bool:
+    """Whether a loss is not finite, or too far above another.
+
+    Args:
+        loss: after steps.
+        before: before these.
+        most: by how much it may rise; ``None`` for three times the size of ``before``, to four times as much.
+    """
+    return not loss - before <= ((_BLOWN_UP - 1) * abs(before) if most is None else most)
 
 
 _FLAT = (

@@ -27,12 +27,10 @@ class Seen(NamedTuple):
 
     Attributes:
         mean: of all steps since the last probe.
-        variance: of that mean.
         own: of the closure, before the last step.
     """
 
     mean: Tensor
-    variance: Tensor
     own: Tensor
 
 
@@ -80,78 +78,99 @@ class Prober:
         self._device = device
         self._is_checked = False
         self._needs_gradients = False  # of the closures so far
+        self._repeats_training = True  # what the closures return is what training saw
 
-    def look(self, line: Line, closure: Closure, factors: Sequence[float], beside: Tensor | None = None) -> Look:
+    def look(
+        self,
+        line: Line,
+        closure: Closure,
+        factors: Sequence[float],
+        beside: Tensor | None = None,
+        known: float | None = None,
+    ) -> Look:
         """Return the losses at N factors.
 
         Args:
             line: where the candidates lie.
             closure: returns the scalar loss.
             factors: N factors, one a candidate.
-            beside: [3], what :class:`Seen` holds, as losses; they travel with these between ranks and devices.
+            beside: [2], what :class:`Seen` holds, as losses; they travel with these between ranks and devices.
+            known: the factor at which the last of these is the loss, if any: it is not evaluated there.
 
         Raises:
             ClosureError: if the closure does not return a scalar loss, calls backward, writes to a tensor that it
                 holds, or does not repeat itself.
         """
-        known = probed(closure)
-        known.needs_gradients = self._needs_gradients
-        seen = self._losses(line, known, factors, beside)
-        self._needs_gradients = known.needs_gradients
+        watched = probed(closure)
+        watched.needs_gradients = self._needs_gradients
+        seen = self._losses(line, watched, factors, beside, known)
+        self._needs_gradients = watched.needs_gradients
         all_losses = seen.double() if beside is None else torch.cat([seen.double(), beside.to(seen.device)])
         all_losses = mean_over_ranks(all_losses, self.process_group).to(self._device)
-        losses, more = all_losses[: len(factors)], all_losses[len(factors) :]
+        losses, more = all_losses[: len(seen)], all_losses[len(seen) :]
+        if len(seen) < len(factors):
+            evaluated = iter(losses)
+            losses = torch.stack([more[-1] if factor == known else next(evaluated) for factor in factors])
         training = None
         if beside is not None:
-            mean, variance, own = more.unbind()
-            training = Seen(self._cost(mean), variance, self._cost(own))
+            training = Seen(*self._cost(more).unbind())
         return Look(factors, losses, self._cost(losses), torch.finfo(seen.dtype).eps, training)
 
     def _cost(self, loss: Tensor) -> Tensor:
         return -loss if self._maximize else loss
 
-    def _losses(self, line: Line, closure: Probed, factors: Sequence[float], beside: Tensor | None) -> Tensor:
-        """Return the losses, evaluated with gradients on if the closure fails without."""
+    def _losses(
+        self, line: Line, closure: Probed, factors: Sequence[float], beside: Tensor | None, known: float | None
+    ) -> Tensor:
+        """Return the losses that are not known, evaluated with gradients on if the closure fails without."""
         if not closure.needs_gradients:
             with suppress(NeedsGradientsError):
-                return self._checked_losses(line, closure, factors, beside)
+                return self._checked_losses(line, closure, factors, beside, known)
             closure.needs_gradients = True
-        return self._checked_losses(line, closure, factors, beside)
+        return self._checked_losses(line, closure, factors, beside, known)
 
     def _checked_losses(
-        self, line: Line, closure: Probed, factors: Sequence[float], beside: Tensor | None
+        self, line: Line, closure: Probed, factors: Sequence[float], beside: Tensor | None, known: float | None
     ) -> Tensor:
         if not self._is_checked:
-            self._check(line, closure, beside)
+            at = 0.0 if known is None and line.window == 1 else known
+            self._check(line, closure, math.nan if beside is None or at is None else beside[-1].item(), at or 0.0)
             self._is_checked = True
-        return self.evaluator.losses(self.model, line, factors, closure)
+        asked = [factor for factor in factors if factor != known or not self._repeats_training]
+        return self.evaluator.losses(self.model, line, asked, closure)
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def _check(self, line: Line, closure: Probed, beside: Tensor | None) -> None:
+    def _check(self, line: Line, closure: Probed, own: float, at: float) -> None:
         """See that the closure returns the same loss each time, and where the step began, that of the step.
 
         Training ran it with gradients on. Where the loss is another without, candidates are evaluated with them.
+
+        Args:
+            line: where the candidates lie.
+            closure: returns the loss.
+            own: that which training saw; not a number if unknown.
+            at: the factor of the line at which training saw it.
         """
-        own = math.nan if beside is None or line.window != 1 or is_distributed() else beside[-1].item()
-        if not math.isfinite(own):  # unknown, or ranks might not do the same
+        if not math.isfinite(own) or is_distributed():  # ranks might not do the same
             with rewritten(self._trained()):  # the forward may write to them
                 without = check_repeatable(self.model, closure)
                 if isinstance(closure, Replay) and not closure.needs_gradients and not is_sharded(self.model):
                     closure.needs_gradients = self._differs_with_gradients(closure, without)
             return
-        again = InPlace().losses(self.model, line, [0.0], closure).item()
+        again = InPlace().losses(self.model, line, [at], closure).item()
         if math.isclose(again, own, rel_tol=_SAME):
             return
         if not closure.needs_gradients:
             closure.needs_gradients = True
-            twice = InPlace().losses(self.model, line, [0.0, 0.0], closure).tolist()  # once may be chance
+            twice = InPlace().losses(self.model, line, [at, at], closure).tolist()  # once may be chance
             if all(math.isclose(each, own, rel_tol=_SAME) for each in twice):
                 return
             closure.needs_gradients = False
         with rewritten(self._trained()):
             check_repeatable(self.model, closure)
+        self._repeats_training = False
         warn(
             f"scheduler.loss returned {own:.6g}, and the closure now returns {again:.6g} at the same "
             "parameters: probes are not judged by the loss of the step. The closure reads something that has "

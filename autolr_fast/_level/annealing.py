@@ -20,12 +20,8 @@ def _linear(fraction: float) -> float:
     return 1.0 - fraction
 
 
-def _constant(fraction: float) -> float:
-    return 1.0
-
-
-ANNEALINGS: Mapping[str, Annealing] = {"cosine": _cosine, "linear": _linear, "plateau": _constant}
-"""By name; what ``"plateau"`` multiplies by is in :meth:`autolr_fast._level.Level.follow`."""
+ANNEALINGS: Mapping[str, Annealing] = {"cosine": _cosine, "linear": _linear}
+"""By name."""
 
 
 def resolve_annealing(anneal: str | Annealing) -> Annealing:

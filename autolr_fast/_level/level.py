@@ -12,14 +12,13 @@ from torch import Tensor
 from .._arguments import check_count, check_limits
 from .._optimizers import Optimizers
 from .annealing import Annealing, check_multiplier, resolve_annealing
-from .guard import Guard
+from .heat import Heat
+from .held_back import HeldBack
 
 __all__ = ["Level"]
 
-_SHRINKAGE = 0.8  # what a probe without progress leaves of the learning rate, under anneal="plateau"
-_PROGRESS = 1.0  # standard errors by which losses of single steps must fall to be progress, and
-_PROGRESS_OF_MEANS = 2.0  # by which means over the steps between probes must, whose errors are smaller
 _LOWEST_RETAKEN = 1 / 2  # of the level, what steps that are taken again leave at least
+_CEILING = 0.8  # of the level at which a training was lost, for good: diffusion with SGD was lost there again
 
 
 class Level:
@@ -37,12 +36,14 @@ class Level:
         anneal: as in :class:`~autolr_fast.AutoLR`.
         total_steps: optimizer steps of the whole training; ``None`` for a multiplier of 1.
         lr_limits: lowest and highest learning rate of any group.
-        guard_probes: as in :class:`~autolr_fast.AutoLR`.
+        max_heat: as in :class:`~autolr_fast.AutoLR`.
 
     Attributes:
         base: learning rate of each group at level 1; groups that came later have none until :meth:`add_groups`.
         value: the level, 0-dim float64.
         total_steps: as given.
+        heat: what holds the level.
+        held_back: what the losses on examples held back say.
 
     Raises:
         TypeError: if an argument is of a kind that cannot be meant.
@@ -55,22 +56,15 @@ class Level:
         anneal: str | Annealing,
         total_steps: int | None,
         lr_limits: tuple[float, float],
-        guard_probes: int,
+        max_heat: float,
     ):
         if total_steps is not None:
             check_count("total_steps", total_steps, at_least=1)
         self._optimizers = optimizers
         self._annealing = resolve_annealing(anneal)
         self.total_steps = total_steps
+        self.held_back = HeldBack()
         self._lr_limits = check_limits(lr_limits)
-        self._on_plateaus = anneal == "plateau"
-        if self._on_plateaus and guard_probes == 0:
-            raise ValueError("guard_probes=0 sees no plateau, and anneal='plateau' needs to: give 2 or more probes")
-        if self._on_plateaus and total_steps is not None:
-            raise ValueError(
-                f"total_steps={total_steps} with anneal='plateau', which is for trainings whose length is not "
-                "known: leave total_steps out, or anneal by 'cosine'"
-            )
         self.base: list[float] = []
         self._written: list[tuple[float | Tensor, int]] = []  # the rate of each group, and its version
         self._step = 0
@@ -79,8 +73,8 @@ class Level:
         devices = {rate.device if isinstance(rate, Tensor) else torch.device("cpu") for rate in rates}
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         self.value = torch.ones((), dtype=torch.float64, device=device)
-        self._plateau = torch.ones_like(self.value)  # what plateaus have left of the learning rate
-        self._guard = Guard(guard_probes, device)
+        self._ceiling = torch.full_like(self.value, math.inf)
+        self.heat = Heat(max_heat, device)
         self.add_groups()
         if not any(self.base):
             raise ValueError("the lr of all param groups is 0, which no level can scale: give at least one its own")
@@ -106,6 +100,18 @@ class Level:
 
     def multiplier(self, step: int) -> float:
         """Return what annealing multiplies the level by after ``step`` optimizer steps."""
+        began = self.held_back.began
+        if began is None or step <= began:
+            return self._ordinary(step)
+        return min(self._ordinary(step), self._ordinary(began) * self.held_back.left(step))
+
+    def has_ended(self, step: int) -> bool:
+        """Whether annealing has come to its end after ``step`` optimizer steps."""
+        ends = (self.total_steps, self.held_back.end)
+        return any(end is not None and step >= end for end in ends)
+
+    def _ordinary(self, step: int) -> float:
+        """Return what the annealing that was asked for multiplies the level by."""
         if self.total_steps is None:
             return 1.0
         fraction = min(1.0, step / self.total_steps)
@@ -119,45 +125,44 @@ class Level:
         Returns:
             A number if the level is on the CPU, where one is had at a tenth of the time; else 0-dim.
         """
-        level, plateau = (each.item() if each.is_cpu else each for each in (self.value, self._plateau))
-        return _within(level * plateau * self.multiplier(step), *self.limits)
+        level = self.value.item() if self.value.is_cpu else self.value
+        return _within(level * self.multiplier(step), *self.limits)
 
     def start_at(self, value: Tensor | float) -> None:
         """Begin at a level that was searched for."""
         self._set(torch.as_tensor(value, dtype=torch.float64, device=self.value.device))
 
-    def follow(
-        self,
-        factor: Tensor,
-        loss: Tensor,
-        step: int,
-        retaken: float | None = None,
-        variance: Tensor | None = None,
-    ) -> None:
-        """Move the level by what a probe found, as far as the guard lets it go.
+    def follow(self, factor: Tensor, step: int) -> Tensor:
+        """Move the level by what a probe found, as far as the heat lets it go.
 
         Args:
-            factor: 0-dim; its logarithm is scaled by the annealing multiplier, so that the level does not climb
-                against it.
-            loss: 0-dim, lower is better: the mean over all steps since the last probe, or that of the candidate
-                nearest to the step as it was taken.
+            factor: 0-dim, what the last step asks for.
             step: optimizer steps done.
-            retaken: at how many times their rate the last steps were taken again, if they were: the level falls as
-                much, to half at most.
-            variance: 0-dim, of such a mean.
+
+        Returns:
+            By how much the level moved, 0-dim. The logarithm of the move is scaled by the annealing multiplier, so
+            that the level does not climb against it.
         """
         before = self.value
-        wanted = (before * factor ** self.multiplier(step)).clamp(*self.limits)
-        level, falls = self._guard.hold(wanted, loss, variance)
-        if retaken is not None:
-            level = torch.minimum(level, before * max(retaken, _LOWEST_RETAKEN))
-        elif self._on_plateaus:
-            # The less is left of the learning rate, the less the level moves.
-            level = before * (level / before) ** self._plateau
-            if falls is not None:
-                least = _PROGRESS if variance is None else _PROGRESS_OF_MEANS
-                self._plateau = torch.where(falls <= least, _SHRINKAGE * self._plateau, self._plateau)
-        self._set(level)
+        moved = self.heat.temper(factor) ** self.multiplier(step)
+        self._set(torch.minimum(before * moved, self._ceiling))
+        moved = self.value / before
+        self.heat.rescale(moved)
+        return moved
+
+    def fall(self, retaken: float, for_good: bool) -> None:
+        """Lower the level after steps that blew up the loss.
+
+        Args:
+            retaken: at how many times their rate these steps were taken again: as much is left of the level, half
+                of it at least.
+            for_good: whether the level is to stay clearly below where it was.
+        """
+        before = self.value
+        if for_good:
+            self._ceiling = _CEILING * before
+        self._set(torch.minimum(before * max(retaken, _LOWEST_RETAKEN), self._ceiling))
+        self.heat.rescale(self.value / before)
 
     def apply(self, step: int) -> None:
         """Write the learning rates after ``step`` optimizer steps into the param groups."""
@@ -171,9 +176,9 @@ class Level:
     def reclaim(self) -> str:
         """Put back the learning rates that something else wrote since; return what to tell the user of it.
 
-        Nothing is read back from an accelerator while nothing else writes. Past ``total_steps`` others may.
+        Nothing is read back from an accelerator while nothing else writes. Once annealing has ended others may.
         """
-        if self.total_steps is not None and self._step >= self.total_steps:
+        if self.has_ended(self._step):
             return ""
         message = ""
         known = zip(self._optimizers.param_groups, self._written, strict=False)  # new groups have no base yet
@@ -207,6 +212,12 @@ class Level:
 
     def overrun(self, step: int) -> str:
         """Return what to tell the user if ``step`` is past the end of annealing."""
+        end = self.held_back.end
+        if end is not None and step > end and (self.total_steps is None or end < self.total_steps):
+            return (
+                f"training goes on past step {end}, where the annealing that scheduler.watch began has ended and "
+                "the learning rate is at its lowest: stop when scheduler.has_ended"
+            )
         if self.total_steps is None or step <= self.total_steps:
             return ""
         return (
@@ -242,8 +253,8 @@ class Level:
         return {
             "base_lrs": list(self.base),
             "value": self.value.item(),
-            "plateau": self._plateau.item(),
-            "guard": self._guard.state(),
+            "ceiling": self._ceiling.item(),
+            "heat": self.heat.state(),
         }
 
     def check(self, state: dict[str, Any]) -> None:
@@ -254,14 +265,13 @@ class Level:
                 f"state_dict is of {saved} param groups and the optimizer has {groups}: give the optimizer the "
                 "same groups before loading"
             )
-        self._guard.check(state["guard"])
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` returned; :meth:`check` it first."""
         self.base[:] = state["base_lrs"]
         self.value = torch.full_like(self.value, state["value"])
-        self._plateau = torch.full_like(self._plateau, state["plateau"])
-        self._guard.load(state["guard"])
+        self._ceiling = torch.full_like(self.value, state["ceiling"])
+        self.heat.load(state["heat"])
 
     def _set(self, level: Tensor) -> None:
         self.value = level.clamp(*self.limits) if any(self.base) else level

@@ -9,7 +9,7 @@ from .hooks import StepHooks
 from .lines import Line, StepLine, lengths
 from .losses import Losses
 from .parameters import candidate_parameters
-from .schedule import ProbeSchedule, ProbeTracker, windows_for
+from .schedule import ProbeSchedule, ProbeTracker
 from .snapshots import Snapshots
 
 __all__ = [
@@ -25,5 +25,4 @@ __all__ = [
     "candidate_parameters",
     "check_not_sharded",
     "lengths",
-    "windows_for",
 ]

@@ -19,7 +19,7 @@ class Line(Protocol):
 
     Attributes:
         parameters: the P live parameters that differ between candidates.
-        window: how many optimizer steps it spans; 0 if it follows a fresh gradient.
+        window: how many optimizer steps lead along it to now; 0 if it does not end there.
     """
 
     parameters: list[nn.Parameter]
@@ -46,12 +46,19 @@ class StepLine:
         prev: parameter -> its value before the window.
         names: parameter names, for the error.
         window: optimizer steps between ``prev`` and now.
+        end: parameter -> where the line ends, if that is not now; of those that are in ``prev`` too.
 
     Raises:
         RuntimeError: if a parameter changed its shape, dtype or device within the window.
     """
 
-    def __init__(self, prev: Mapping[nn.Parameter, Tensor], names: Mapping[nn.Parameter, str], window: int):
+    def __init__(
+        self,
+        prev: Mapping[nn.Parameter, Tensor],
+        names: Mapping[nn.Parameter, str],
+        window: int,
+        end: Mapping[nn.Parameter, Tensor] | None = None,
+    ):
         for parameter, before in prev.items():
             now, then = (
                 (parameter.shape, parameter.dtype, parameter.device),
@@ -63,17 +70,18 @@ class StepLine:
                     f"parameter {names[parameter]!r} was {was} {window} steps before and is {is_now} now: move or "
                     "convert the model before training"
                 )
-        self.parameters = list(prev)
-        self.window = window
-        self._prev = [local(before) for before in prev.values()]
+        self.parameters = [parameter for parameter in prev if end is None or parameter in end]
+        self.window = window if end is None else 0
+        self._prev = [local(prev[parameter]) for parameter in self.parameters]
+        self._end = None if end is None else [local(end[parameter]) for parameter in self.parameters]
 
     def writer(self, now: Sequence[Tensor], rows: Sequence[Tensor]) -> ops.Writer:
         """Return what writes ``prev + f * (now - prev)``; see :class:`Line`."""
-        return ops.candidate_writer(self._prev, now, rows)
+        return ops.candidate_writer(self._prev, now if self._end is None else self._end, rows)
 
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
         """Write one parameter of one candidate; see :class:`Line`."""
-        ops.write_candidate(self._prev[index], now, factor, out)
+        ops.write_candidate(self._prev[index], now if self._end is None else self._end[index], factor, out)
 
     def squares(self) -> Tensor:
         """Return the squared length of the steps, and of the parameters that they begin at: [2] float64."""

@@ -38,7 +38,6 @@ class Losses:
         self._replay: Replay | None = None
         self._own: list[Tensor] = []  # losses of what is replayed, as they were in training
         self._sum: float | Tensor = 0.0
-        self._squares: float | Tensor = 0.0
         self._count: int | Tensor = 0
         self._pending: list[Tensor] = []
 
@@ -85,7 +84,6 @@ class Losses:
             value = loss.item()
             if math.isfinite(value):
                 self._sum += value
-                self._squares += value * value
                 self._count += 1
             return
         self._pending.append(loss.detach().clone().reshape(()))  # its memory may be the next loss's
@@ -107,30 +105,28 @@ class Losses:
             own: 0-dim, the loss of the batch before its step, if known.
 
         Returns:
-            [3] float64, on the device of the losses: the mean of the finite ones since then, its variance, and
-            ``own``; not a number if unknown. Nothing is read back.
+            [2] float64, on the device of the losses: the mean of the finite ones since then, and ``own``; not a
+            number if unknown. Nothing is read back.
         """
         self._fold()
         if isinstance(self._count, int) and self._count == 0 and own is None:
             return None
-        sums = (self._sum, self._squares, self._count)
-        total, squares, count = (torch.as_tensor(each, dtype=torch.float64) for each in sums)
+        total, count = (torch.as_tensor(each, dtype=torch.float64) for each in (self._sum, self._count))
         mean = total / count
-        variance = (squares / count - mean * mean) / (count - 1)
-        return torch.stack([mean, variance, torch.full_like(mean, math.nan) if own is None else own])
+        return torch.stack([mean, torch.full_like(mean, math.nan) if own is None else own])
 
     def forget(self) -> None:
         """Begin a new mean."""
-        self._sum, self._squares, self._count, self._pending = 0.0, 0.0, 0, []
+        self._sum, self._count, self._pending = 0.0, 0, []
 
     def state(self) -> dict[str, Any]:
         """Return what :meth:`load` takes."""
         self._fold()
-        return {"sum": float(self._sum), "squares": float(self._squares), "count": int(self._count)}
+        return {"sum": float(self._sum), "count": int(self._count)}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` returned."""
-        self._sum, self._squares, self._count = state["sum"], state["squares"], state["count"]
+        self._sum, self._count = state["sum"], state["count"]
         self._pending = []
 
     def _fold(self) -> None:
@@ -139,6 +135,5 @@ class Losses:
             finite = losses.isfinite()
             losses = torch.where(finite, losses, 0.0)
             self._sum = self._sum + losses.sum()
-            self._squares = self._squares + losses.square().sum()
             self._count = self._count + finite.sum()
             self._pending = []

@@ -9,9 +9,8 @@ from typing import Any
 
 from .._arguments import check_count
 from .._isolation import ClosureError
-from .._optimizers import Optimizers
 
-__all__ = ["ProbeSchedule", "ProbeTracker", "windows_for"]
+__all__ = ["ProbeSchedule", "ProbeTracker"]
 
 
 @dataclass
@@ -23,6 +22,8 @@ class ProbeSchedule:
         first_steps: as many of the first steps are all probed.
         windows: optimizer steps that a line spans; they take turns.
         last_step: with a multiple of ``every_steps`` to be probed.
+        mean_steps: from where averages begin to the step that is probed; 0 for none. The close probes of the first
+            steps need none.
 
     Attributes:
         close_from: the step from which on as many steps as ``first_steps`` are all probed.
@@ -38,12 +39,16 @@ class ProbeSchedule:
         {1: 1, 2: 2, 3: 1, 10: 2, 20: 1, 30: 2, 40: 1}
         >>> {step: windows for step in range(99) if (windows := schedule.windows_from(step))}
         {0: [1, 2], 2: [1], 8: [2], 19: [1], 28: [2], 39: [1]}
+        >>> schedule.mean_steps = 6
+        >>> {step: windows for step in range(3, 30) if (windows := schedule.windows_from(step))}
+        {4: [6], 8: [2], 9: [1], 14: [6], 19: [1], 24: [6], 28: [2], 29: [1]}
     """
 
     every_steps: int | None
     first_steps: int
     windows: Sequence[int]
     last_step: float = math.inf
+    mean_steps: int = 0
     close_from: int = field(default=0, init=False)
     searched_step: int = field(default=0, init=False)
 
@@ -71,7 +76,16 @@ class ProbeSchedule:
     def windows_from(self, step: int, now: int | None = None) -> list[int]:
         """Return the windows of the probes after ``now`` (default: ``step``) that open after ``step`` steps."""
         first = step + 1 if now is None else now + 1
-        return [m - step for m in range(first, step + max(self.windows) + 1) if self.window_at(m) == m - step]
+        longest = max(*self.windows, self.mean_steps)
+        return [m - step for m in range(first, step + longest + 1) if m - step in self._windows_at(m)]
+
+    def _windows_at(self, step: int) -> set[int]:
+        """Return the windows of a probe, that of averages and the last step that these leave out."""
+        window = self.window_at(step)
+        if window is None:
+            return set()
+        has_mean = self.mean_steps and not self.is_close(step) and step != self.searched_step
+        return {window, 1, self.mean_steps} if has_mean else {window}
 
 
 class ProbeTracker:
@@ -128,22 +142,3 @@ _LOOP = (
     "compute it by `loss = scheduler.loss(lambda: loss_fn(model(x), y))` before optimizer.step(), and call "
     "scheduler.step() after it, at every step"
 )
-
-
-def windows_for(optimizers: Optimizers, window_steps: int | Sequence[int] | None = None) -> tuple[int, ...]:
-    """Return the windows asked for, or those that suit the optimizers.
-
-    These are 2 for plain SGD, 1 and 2 in turn for SGD with momentum, 1 and 4 where Muon takes part, and 1 and 3 for
-    others.
-
-    Near the highest rate that it bears, plain SGD crosses its steepest valley at each step, and one step alone then
-    looks too long; over two the crossings cancel, and what is left is the progress. With other optimizers no line
-    alone is best on all networks, so they take turns; the longer the second, the lower they settle.
-    """
-    if window_steps is not None:
-        return (window_steps,) if isinstance(window_steps, int) else tuple(window_steps)
-    if any("ns_steps" in group for group in optimizers.param_groups):  # Muon, of torch or not
-        return (1, 4)
-    if not all("dampening" in group for group in optimizers.param_groups):  # not SGD
-        return (1, 3)
-    return (2,) if all(group["momentum"] == 0 for group in optimizers.param_groups) else (1, 2)

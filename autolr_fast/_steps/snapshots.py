@@ -86,12 +86,39 @@ class Snapshots:
             kept = {parameter: value for parameter, value in kept.items() if parameter in only}
         return StepLine(kept, names, window) if kept else None
 
-    def retake(self, line: StepLine, ratio: float, steps: int) -> tuple[float | None, str]:
+    def lines_back(
+        self, steps: int, names: Mapping[nn.Parameter, str]
+    ) -> tuple[StepLine, StepLine] | tuple[None, None]:
+        """Return two lines of where a step began some time ago, or ``None`` twice if that is not known.
+
+        Args:
+            steps: optimizer steps done.
+            names: of all parameters, for errors.
+
+        Returns:
+            The line from there to where the last step began, and that from there to now.
+        """
+        span = self._schedule.mean_steps
+        older, newer = (self._kept.get(steps - window) for window in (span, 1))
+        if not (span and older and newer and older.keys() & newer.keys()):
+            return None, None
+        # What joined since stays where the last step began: there training saw the loss.
+        return StepLine({**newer, **older}, names, span - 1, end=newer), StepLine(older, names, span)
+
+    def retake(
+        self, line: StepLine, ratio: float, steps: int, begin_anew: bool = False
+    ) -> tuple[float | None, str]:
         """Put the parameters where a line's steps, at ``ratio`` times their learning rates, would have ended.
 
         What is kept from between these steps moves towards where they began, as the parameters do, and so do the
         weights in the states of the optimizers. A state with weights that the steps do not move, but start from
         again, cannot follow: a first step is undone then, and others stay. An undone first step leaves no state.
+
+        Args:
+            line: over steps that end now.
+            ratio: 1 leaves all as it is.
+            steps: optimizer steps done.
+            begin_anew: whether the optimizers forget what such steps left in their states, if no weights are there.
 
         Returns:
             The ratio at which they were taken again, ``None`` if they stay; and what to tell the user.
@@ -113,7 +140,7 @@ class Snapshots:
             return None, _told_of(resting, "stays as it is")
         if resting:
             ratio = 0.0
-        if ratio == 0.0 and self._is_new and line.window == 1:
+        if (ratio == 0.0 and self._is_new and line.window == 1) or (begin_anew and not entries):
             entries = []
             for optimizer in self._optimizers:
                 optimizer.state.clear()
