@@ -35,6 +35,7 @@ PROBING = ("auto", "paper")
 FACTORS = {"3": FACTORS_3, "5": FACTORS_5, "7": FACTORS_7, "wide": (64.0, 16.0, 4.0, 1.0, 1 / 4, 1 / 16, 1 / 64)}
 _FREE_ON_RESUME = ("data", "out", "cache", "steps")  # they say where, or until when, but not what is computed
 _FLUSH_EVERY = 100  # steps
+_NARROW = 8  # channels: with fewer, oneDNN of torch 2.13 overruns its memory on some CPUs
 
 
 class Run:
@@ -67,6 +68,8 @@ class Run:
         self.last_step = min(args.steps or self.total_steps, self.total_steps)
 
         torch.manual_seed(args.seed)
+        if args.width < _NARROW:
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
         self.model = ResNet18(data.classes, args.width).to(self.device, memory_format=torch.channels_last)
         self.optimizer = SGD(
             self.model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
