@@ -75,9 +75,11 @@ class ProbeSchedule:
 
     def windows_from(self, step: int, now: int | None = None) -> list[int]:
         """Return the windows of the probes after ``now`` (default: ``step``) that open after ``step`` steps."""
-        first = step + 1 if now is None else now + 1
-        longest = max(*self.windows, self.mean_steps)
-        return [m - step for m in range(first, step + longest + 1) if m - step in self._windows_at(m)]
+        first = 1 if now is None else now + 1 - step
+        spans = {*self.windows, 1, self.mean_steps}
+        if step == 0:  # early probes have the windows that there is room for
+            spans.update(range(1, max(spans)))
+        return [span for span in sorted(spans) if span >= first and span in self._windows_at(step + span)]
 
     def _windows_at(self, step: int) -> set[int]:
         """Return the windows of a probe, that of averages and the last step that these leave out."""
