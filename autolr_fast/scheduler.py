@@ -510,7 +510,7 @@ class AutoLR(LRScheduler):
             if cost - before > _RISE * before.abs():
                 moved = self._level.follow(torch.full_like(cost, 1 / _UNKNOWN), now)
             return _seen(seen, moved)
-        self._level.fall(again.taken, for_good=False)
+        self._level.fall(again.taken, with_ceiling=False)
         return _seen(seen, torch.full_like(cost, again.taken), again, self._retake(line, again.taken, now))
 
     def _follow(self, line: StepLine | GradientLine | None, batch: _Batch, now: int) -> _Seen | None:
@@ -543,11 +543,12 @@ class AutoLR(LRScheduler):
         self._see(_mean_of(seen, cost, again))
         weights = None
         if self._rule is None:
-            factor = torch.where(seen.costs.isfinite().any(), torch.full_like(cost, _UNKNOWN), 1.0)
+            says = seen.costs.isfinite().any() & seen.costs.any()  # where the loss is 0, nothing can be gained
+            factor = torch.where(says, torch.full_like(cost, _UNKNOWN), 1.0)
         else:
             weights, factor = self._rule.weigh(seen.costs, None if seen.training is None else seen.training.own)
         if again is not None:
-            self._level.fall(again.taken, for_good=True)
+            self._level.fall(again.taken, with_ceiling=True)
             retaken = self._retake(steps, again.taken, now, begin_anew=True)
             _clear_statistics(self._prober.model)
             return _seen(seen, torch.full_like(factor, again.taken), again, retaken, weights)

@@ -235,24 +235,37 @@ def test_the_limits_hold_the_level_and_the_heat_knows():
 
 
 @pytest.mark.parametrize(("retaken", "left"), [(0.0, 0.5), (0.1, 0.5), (0.7, 0.7), (0.9, 0.9)])
-@pytest.mark.parametrize("for_good", [False, True])
-def test_a_level_that_fell_for_good_goes_no_higher_than_it_was(retaken, left, for_good):
+@pytest.mark.parametrize("with_ceiling", [False, True])
+def test_a_level_that_was_lost_comes_back_slowly(retaken, left, with_ceiling):
     level = level_of(INF)
     level.start_at(3.0)
-    level.fall(retaken, for_good)
-    assert level.value.item() == pytest.approx(3 * (min(left, 0.8) if for_good else left))
+    level.fall(retaken, with_ceiling)
+    assert level.value.item() == pytest.approx(3 * (min(left, 0.8) if with_ceiling else left))
     levels = [(level.follow(number(factor), 1), level.value.item())[1] for factor in (4.0, 0.5, 1.5, 2.0)]
     free = [12 * left, 6 * left, 9 * left, 18 * left]
-    held = [2.4, 1.2, 1.8, 2.4]  # four fifths of it
-    assert levels == pytest.approx(held if for_good else free)
+    held = [2.4 * 1.05, 1.2 * 1.05, 1.8 * 1.05, 2.4 * 1.05**4]  # from four fifths on, a twentieth more each time
+    assert levels == pytest.approx(held if with_ceiling else free)
     other = level_of(math.inf)
     other.load(json.loads(json.dumps(level.state())))
-    assert other.follow(number(2.0), 1).item() == pytest.approx(1.0 if for_good else 2.0)
+    assert other.follow(number(2.0), 1).item() == pytest.approx(1.05 if with_ceiling else 2.0)
     other.follow(number(0.1), 1)
     lower = other.value.item()
-    other.fall(retaken, for_good=True)
+    other.fall(retaken, with_ceiling=True)
     other.follow(number(100.0), 1)
-    assert other.value.item() == pytest.approx(0.8 * lower)
+    assert other.value.item() == pytest.approx(0.8 * 1.05 * lower)
+
+
+def test_a_loss_of_zero_asks_for_nothing():
+    """On a batch that is learned to the last bit nothing is left to gain: the level does not climb for ever."""
+    model, x = mlp(), torch.randn(8, 5)
+    optimizer = sgd(model)
+    scheduler = AutoLR(optimizer, model, calibration_steps=0)
+    start = scheduler.level
+    for _ in range(60):
+        train_step(model, optimizer, lambda model: scheduler.loss(lambda: F.relu(model(x) - 1e3).mean()))
+        scheduler.step()
+    assert len(scheduler.history) >= 4
+    assert scheduler.level == start
 
 
 # Elsewhere, and later
