@@ -1,4 +1,8 @@
-"""What a ``state_dict`` says of itself, and what is said of one that does not fit."""
+"""What a ``state_dict`` says of itself, and what is said of one that does not fit.
+
+Parts of a state that differ in form from step to step are tuples: ``torch.distributed.checkpoint`` takes a tuple as
+one value, and looks for the entries of dicts and lists one by one in what it has saved.
+"""
 
 from __future__ import annotations
 

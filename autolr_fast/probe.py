@@ -100,9 +100,9 @@ class History(list[Probe]):
             elif probe.retaken is not None or probe is self[-1]:
                 yield probe
 
-    def state(self) -> list[dict[str, Any]]:
+    def state(self) -> tuple[dict[str, Any], ...]:
         """Return what :meth:`read` takes: plain values."""
-        return [probe.to_dict() for probe in self]
+        return tuple(probe.to_dict() for probe in self)
 
     @staticmethod
     def read(state: Sequence[Mapping[str, Any]]) -> list[Probe]:

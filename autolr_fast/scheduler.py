@@ -19,7 +19,7 @@ from ._evaluators import Evaluator, Look, Prober, resolve_evaluator
 from ._isolation import Closure, ClosureError, check_loss
 from ._level import Level
 from ._level.annealing import Annealing
-from ._machine.ranks import ProcessGroup, is_distributed, mean_over_ranks
+from ._machine.ranks import ProcessGroup, check_shards, is_distributed, mean_over_ranks
 from ._machine.warning import WarnOnce
 from ._optimizers import Optimizers
 from ._state import HEADER, complete
@@ -141,6 +141,8 @@ class AutoLR(LRScheduler):
         process_group: ProcessGroup | None = None,
     ):
         optimizers = Optimizers(optimizer)
+        if isinstance(model, nn.Module):
+            check_shards(model, optimizers.parameters)
         candidate_parameters(model, optimizers)
         check_fraction("probe_until_fraction", probe_until_fraction, of="total_steps")
         if not (rule is None or isinstance(rule, Rule)):
@@ -412,6 +414,7 @@ class AutoLR(LRScheduler):
         Returns:
             The ratio at which the last steps were taken again; ``None`` if parameters stayed.
         """
+        self._warn_once(self._snapshots.agree(self._prober.process_group))
         schedule = self._tracker.schedule
         new = self._level.new_groups() if now == schedule.searched_step else []
         new = new if _take_part(new) else []
@@ -661,7 +664,7 @@ class AutoLR(LRScheduler):
         except ValueError:
             self._optimizers.load_places(own["groups"])
             raise
-        self._snapshots.load(state["snapshots"], state["state_weights"])
+        self._warn_once(self._snapshots.load(state["snapshots"], state["state_weights"]))
         self._counter.go_on_from(state["snapshots"]["steps"])
         self._hooks.load(state["hooks"])
         self._losses.load(state["losses"])

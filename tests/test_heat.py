@@ -415,7 +415,7 @@ def test_between_probes_there_is_one_copy_from_where_averages_begin(every, opens
         train_step(model, optimizer, loss_of)
         most.append(len(scheduler._snapshots._kept))
         scheduler.step(lambda: loss_of(model))
-        starts = [start for start, _ in scheduler.state_dict()["snapshots"]["windows"]]
+        starts = [start for start, *_ in scheduler.state_dict()["snapshots"]["windows"]]
         due = [m for m in range(step + 1, step + span + 1) if m % every == 0]
         assert starts == sorted({m - back for m in due for back in (1, span) if 0 <= m - back < step})
         kept |= {start % every for start in starts} if step >= 2 * every else set()

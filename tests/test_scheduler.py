@@ -619,7 +619,7 @@ def test_a_state_is_of_its_moment():
         train_step(model, optimizer, loss_of)
         scheduler.step(lambda: loss_of(model))
     state = scheduler.state_dict()
-    ((start, values),) = state["snapshots"]["windows"]
+    ((start, values, _),) = state["snapshots"]["windows"]
     assert start == 1  # of the probe at 4, from where averages begin
     assert all(
         value is not kept for value, kept in zip(values, scheduler._snapshots._kept[1].values(), strict=True)
@@ -642,7 +642,7 @@ def test_state_dict_is_small_and_plain():
         "hooks", "state_weights", "calibration_steps", "history", "groups", "optimizers", "held_back",
     }  # fmt: skip
     # Besides, one copy of the parameters, from where averages begin.
-    assert [start for start, _ in state["snapshots"].pop("windows")] == [19]
+    assert [start for start, *_ in state["snapshots"].pop("windows")] == [19]
     assert len(json.dumps(state)) < 10_000
 
 
@@ -663,7 +663,7 @@ def test_load_state_dict_refuses_what_is_not_its_own():
         scheduler.load_state_dict(in_place)
     with pytest.raises(ValueError, match="snapshot of 1 parameters and the optimizer 4"):
         scheduler.load_state_dict(
-            {**before, "snapshots": {**before["snapshots"], "windows": [(0, [torch.ones(2)])]}}
+            {**before, "snapshots": {**before["snapshots"], "windows": [(0, [torch.ones(2)], [])]}}
         )
     assert str(scheduler.state_dict()) == str(before)
     with pytest.raises(ValueError, match=r"saved by something else, version unknown, and this is autolr_fast"):

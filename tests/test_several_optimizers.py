@@ -315,7 +315,7 @@ def test_a_state_that_is_refused_leaves_the_order_of_the_groups():
     add_the_third(model, optimizers)
     state = scheduler.state_dict()
     assert state["groups"] == [[0, 0], [1, 0], [0, 1]]
-    snapshots = {**state["snapshots"], "windows": [(0, [torch.ones(2)])]}
+    snapshots = {**state["snapshots"], "windows": [(0, [torch.ones(2)], [])]}
     for change, says in [
         ({"groups": [[0, 0], [0, 1], [1, 0]], "snapshots": snapshots}, "has the snapshot of 1 parameters"),
         ({"groups": [[0, 0], [1, 0], [1, 1]]}, "give the optimizer the same groups"),

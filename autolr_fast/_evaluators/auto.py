@@ -65,14 +65,15 @@ class Auto(Evaluator):
 
     def state(self) -> dict[str, Any]:
         """Return the choice and its state: a resumed run must not choose anew."""
-        return {"name": self.name, "why": self._why, "state": self._chosen.state() if self._chosen else {}}
+        state = self._chosen.state() if self._chosen else {}
+        return {"name": self.name, "why": self._why, "state": tuple(state.items())}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over the choice."""
         kind = {kind.name: kind for kind in (Streamed, InPlace, Stacked)}.get(state["name"])
         self._take(kind() if kind else None, state["why"])
         if self._chosen:
-            self._chosen.load(state["state"])
+            self._chosen.load(dict(state["state"]))
 
     def _take(self, evaluator: Evaluator | None, why: str = "") -> None:
         self._chosen = evaluator

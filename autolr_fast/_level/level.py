@@ -182,13 +182,16 @@ class Level:
         """
         if self.has_ended(self._step):
             return ""
-        message = ""
         known = zip(self._optimizers.param_groups, self._written, strict=False)  # new groups have no base yet
-        for index, (group, (written, version)) in enumerate(known):
-            rate = group["lr"]
-            if rate is not written or (isinstance(rate, Tensor) and rate._version != version):
-                message = self._put_back(index, group) or message
-        return message
+        changed = [
+            index
+            for index, (group, (written, version)) in enumerate(known)
+            if (rate := group["lr"]) is not written or (isinstance(rate, Tensor) and rate._version != version)
+        ]
+        if changed and not any(float(group["lr"]) for group in self._optimizers.param_groups):
+            return ""  # torch.distributed.checkpoint steps at 0 to have a state to load into
+        messages = [self._put_back(index, self._optimizers.param_groups[index]) for index in changed]
+        return next(filter(None, reversed(messages)), "")
 
     def _put_back(self, index: int, group: dict[str, Any]) -> str:
         found = float(group["lr"])

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 else:
     ProcessGroup = object  # torch builds without distributed support have no such class
 
-__all__ = ["ProcessGroup", "is_distributed", "is_sharded", "local", "mean_over_ranks", "sharded_modules"]
+__all__ = [
+    "ProcessGroup",
+    "check_shards",
+    "is_distributed",
+    "is_sharded",
+    "local",
+    "mean_over_ranks",
+    "shard_of",
+    "sharded_modules",
+]
 
 
 def is_distributed() -> bool:
@@ -29,18 +38,47 @@ def mean_over_ranks(tensor: Tensor, process_group: ProcessGroup | None) -> Tenso
     Args:
         tensor: any shape, the same on every rank.
         process_group: ``None`` is the default group.
+
+    Raises:
+        RuntimeError: if the other ranks do not come within the time-out of the group.
     """
     if not is_distributed():
         return tensor
     total = tensor.clone()
-    dist.all_reduce(total, group=process_group)
-    return total / dist.get_world_size(process_group)
+    ranks = dist.get_world_size(process_group)
+    try:
+        dist.all_reduce(total, group=process_group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank(process_group)} of {ranks} has losses to average, and not all of the other ranks "
+            "came: every rank calls scheduler.loss and scheduler.step for each optimizer step, and "
+            f"scheduler.watch as often ({error})"
+        ) from error
+    return total / ranks
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor: its shard if it is sharded, else all of it; of the same memory."""
     shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return shard.detach()
+
+
+def shard_of(parameters: Iterable[Tensor]) -> list[int]:
+    """Return which shard of the parameters this rank holds: its rank and how many there are; [] if it holds all."""
+    if any(hasattr(parameter, "to_local") for parameter in parameters):
+        return [dist.get_rank(), dist.get_world_size()]
+    return []
+
+
+def check_shards(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Raise a TypeError if FSDP version 1 shards the model: what is written to its parameters is lost."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a sharded model has imported it
+    wraps = fsdp is not None and any(isinstance(each, fsdp.FullyShardedDataParallel) for each in model.modules())
+    if wraps or any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
+        raise TypeError(
+            f"model={type(model).__name__} is sharded by FullyShardedDataParallel (FSDP version 1), which keeps its "
+            "parameters elsewhere: shard it by torch.distributed.fsdp.fully_shard (FSDP version 2) instead"
+        )
 
 
 def is_sharded(model: nn.Module) -> bool:

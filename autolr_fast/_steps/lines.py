@@ -43,10 +43,10 @@ class StepLine:
     ``f = 1`` is exactly ``now`` and ``f = 0`` exactly ``prev``; see :func:`autolr_fast._ops.candidate_writer`.
 
     Args:
-        prev: parameter -> its value before the window.
+        prev: parameter -> its (local) value before the window.
         names: parameter names, for the error.
         window: optimizer steps between ``prev`` and now.
-        end: parameter -> where the line ends, if that is not now; of those that are in ``prev`` too.
+        end: parameter -> where the line ends, if that is not now, as ``prev``; of those that are in both.
 
     Raises:
         RuntimeError: if a parameter changed its shape, dtype or device within the window.
@@ -60,10 +60,8 @@ class StepLine:
         end: Mapping[nn.Parameter, Tensor] | None = None,
     ):
         for parameter, before in prev.items():
-            now, then = (
-                (parameter.shape, parameter.dtype, parameter.device),
-                (before.shape, before.dtype, before.device),
-            )
+            own = local(parameter)
+            now, then = (own.shape, own.dtype, own.device), (before.shape, before.dtype, before.device)
             if now != then:
                 was, is_now = ((list(shape), *kind) for shape, *kind in (then, now))
                 raise RuntimeError(
@@ -72,8 +70,8 @@ class StepLine:
                 )
         self.parameters = [parameter for parameter in prev if end is None or parameter in end]
         self.window = window if end is None else 0
-        self._prev = [local(prev[parameter]) for parameter in self.parameters]
-        self._end = None if end is None else [local(end[parameter]) for parameter in self.parameters]
+        self._prev = [prev[parameter] for parameter in self.parameters]
+        self._end = None if end is None else [end[parameter] for parameter in self.parameters]
 
     def writer(self, now: Sequence[Tensor], rows: Sequence[Tensor]) -> ops.Writer:
         """Return what writes ``prev + f * (now - prev)``; see :class:`Line`."""

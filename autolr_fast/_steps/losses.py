@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -119,14 +120,14 @@ class Losses:
         """Begin a new mean."""
         self._sum, self._count, self._pending = 0.0, 0, []
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> tuple[float, int]:
         """Return what :meth:`load` takes."""
         self._fold()
-        return {"sum": float(self._sum), "count": int(self._count)}
+        return float(self._sum), int(self._count)
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Sequence[Any]) -> None:
         """Take over what :meth:`state` returned."""
-        self._sum, self._count = state["sum"], state["count"]
+        self._sum, self._count = state
         self._pending = []
 
     def _fold(self) -> None:

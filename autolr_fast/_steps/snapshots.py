@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._machine.ranks import local
+from .._machine.ranks import ProcessGroup, local, mean_over_ranks, shard_of
 from .._ops.copies import Copies
 from .._optimizers import Optimizers
 from .lines import StepLine
@@ -41,6 +41,7 @@ class Snapshots:
         self._weights = StateWeights(optimizers)
         self._kept_weights: dict[int, Values] = {}  # of the same snapshots
         self._is_new = False  # whether there was no state before the step
+        self._loaded: list[int] = []  # steps of snapshots in a state that was loaded, which some ranks may lack
 
     def keep(self, steps: int) -> None:
         """Keep what the windows need that open now, after so many steps, before anything moves."""
@@ -54,7 +55,7 @@ class Snapshots:
             self.drop_used(steps)
         if self._schedule.windows_from(steps):
             moved = [each for each in self._optimizers.parameters if each.requires_grad or each.grad is not None]
-            values = Copies([parameter.detach() for parameter in moved]).values
+            values = Copies([local(parameter) for parameter in moved]).values
             self._kept[steps] = dict(zip(moved, values, strict=True))
             if self._schedule.is_close(steps + 1):
                 self._weights.find()
@@ -130,7 +131,7 @@ class Snapshots:
         self._weights.find(kept)
         before, along = self._kept_weights.get(begin, {}), set(line.parameters)
         entries = [
-            (name, tensor, before.get(parameter, {}).get(name, local(kept[parameter]).to(tensor.dtype)))
+            (name, tensor, before.get(parameter, {}).get(name, kept[parameter].to(tensor.dtype)))
             for parameter, named in self._weights.values().items()
             if parameter in along
             for name, tensor in named.items()
@@ -169,33 +170,36 @@ class Snapshots:
     def state(self) -> dict[str, Any]:
         """Return the open windows: the value of each parameter, ``None`` where there is none."""
         parameters = self._optimizers.parameters
-        windows = [
-            (step, [kept[parameter].clone() if parameter in kept else None for parameter in parameters])
+        shard = shard_of(parameters)
+        windows = tuple(
+            (step, tuple(kept[each].clone() if each in kept else None for each in parameters), shard)
             for step, kept in self._kept.items()
-        ]
+        )
         return {"began_warm": self.began_warm, "windows": windows}
 
     def weights_state(self) -> dict[str, Any]:
         """Return the weights in the states of the optimizers as they were when open windows began."""
         parameters = self._optimizers.parameters
-        windows = [
+        shard = shard_of(parameters)
+        windows = tuple(
             (
                 step,
-                [
+                tuple(
                     {name: each.clone() for name, each in kept.get(parameter, {}).items()}
                     for parameter in parameters
-                ],
+                ),
+                shard,
             )
             for step, kept in self._kept_weights.items()
-        ]
+        )
         return {"names": self._weights.state(), "windows": windows}
 
     def check(self, state: dict[str, Any]) -> None:
         """Raise a ValueError if a state is of other parameters; nothing is changed."""
         parameters = self._optimizers.parameters
-        for _, values in state["windows"]:
+        for _, values in self._own(state["windows"]):
             if len(values) != len(parameters) or any(
-                value is not None and (value.shape, value.dtype) != (parameter.shape, parameter.dtype)
+                value is not None and (value.shape, value.dtype) != (local(parameter).shape, parameter.dtype)
                 for value, parameter in zip(values, parameters, strict=True)
             ):
                 raise ValueError(
@@ -203,17 +207,26 @@ class Snapshots:
                     "or their shapes or dtypes differ: load it for the model and the optimizer it was saved with"
                 )
 
-    def load(self, state: dict[str, Any], weights: dict[str, Any]) -> None:
-        """Take over what :meth:`state` and :meth:`weights_state` returned for the same parameters."""
+    def load(self, state: dict[str, Any], weights: dict[str, Any]) -> str:
+        """Take over what :meth:`state` and :meth:`weights_state` returned for the same parameters.
+
+        Snapshots of another rank's shards stay out. Before a probe uses any, :meth:`agree` asks whether all ranks
+        have theirs.
+
+        Returns:
+            What to tell the user.
+        """
         parameters = self._optimizers.parameters
         self.began_warm = state["began_warm"]
+        windows = self._own(state["windows"])
+        self._loaded = [step for step, *_ in state["windows"]] if shard_of(parameters) else []
         self._kept = {
             step: {
                 parameter: value.to(parameter.device, copy=True)
                 for parameter, value in zip(parameters, values, strict=True)
                 if value is not None
             }
-            for step, values in state["windows"]
+            for step, values in windows
         }
         self._kept_weights = {
             step: {
@@ -221,16 +234,49 @@ class Snapshots:
                 for parameter, named in zip(parameters, values, strict=True)
                 if named
             }
-            for step, values in weights["windows"]
+            for step, values in self._own(weights["windows"])
+            if step in self._kept
         }
         self._weights.load(weights["names"])
+        return "" if len(windows) == len(state["windows"]) else _OF_OTHERS
+
+    def agree(self, process_group: ProcessGroup | None) -> str:
+        """Drop the snapshots of a loaded state that not all ranks have; the first probe after loading asks.
+
+        Args:
+            process_group: the ranks that hold parts of the parameters.
+
+        Returns:
+            What to tell the user.
+        """
+        if not self._loaded:
+            return ""
+        loaded, self._loaded = self._loaded, []
+        device = next(iter(self._optimizers.parameters)).device
+        has = torch.tensor([float(step in self._kept) for step in loaded], device=device)
+        shares = mean_over_ranks(has, process_group).tolist()
+        lacking = {step for step, share in zip(loaded, shares, strict=True) if 0 < share < 1}
+        self._kept = {step: kept for step, kept in self._kept.items() if step not in lacking}
+        self._kept_weights = {step: kept for step, kept in self._kept_weights.items() if step in self._kept}
+        return _OF_OTHERS if lacking else ""
+
+    def _own(self, windows: Sequence[tuple[int, Sequence[Any], Sequence[int]]]) -> list[tuple[int, Any]]:
+        """Return those windows of a state that are of what this rank holds of the parameters."""
+        own = shard_of(self._optimizers.parameters)
+        return [(step, values) for step, values, shard in windows if list(shard) == own]
+
+
+_OF_OTHERS = (
+    "the state of AutoLR that was loaded has the shards of one rank, and others need theirs: the probe that was under "
+    "way is left out on all of them. To lose none, let each rank save and load its own scheduler.state_dict()"
+)
 
 
 def _shorten(ends: Mapping[Any, Tensor], begins: Mapping[Any, Tensor], ratio: float) -> None:
     """Move values towards those that they began at; what has none joined later."""
     for key, value in ends.items():
         if (begin := begins.get(key)) is not None:
-            _scale(local(begin), local(value), ratio)
+            _scale(begin, value, ratio)
 
 
 def _scale(begin: Tensor, end: Tensor, ratio: float) -> None:
