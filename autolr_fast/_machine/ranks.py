@@ -76,8 +76,8 @@ def check_shards(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     wraps = fsdp is not None and any(isinstance(each, fsdp.FullyShardedDataParallel) for each in model.modules())
     if wraps or any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
         raise TypeError(
-            f"model={type(model).__name__} is sharded by FullyShardedDataParallel (FSDP version 1), which keeps its "
-            "parameters elsewhere: shard it by torch.distributed.fsdp.fully_shard (FSDP version 2) instead"
+            f"model={type(model).__name__} is sharded by FullyShardedDataParallel (FSDP version 1), which keeps "
+            "its parameters elsewhere: shard it by torch.distributed.fsdp.fully_shard (FSDP version 2) instead"
         )
 
 

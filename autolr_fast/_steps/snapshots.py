@@ -267,8 +267,8 @@ class Snapshots:
 
 
 _OF_OTHERS = (
-    "the state of AutoLR that was loaded has the shards of one rank, and others need theirs: the probe that was under "
-    "way is left out on all of them. To lose none, let each rank save and load its own scheduler.state_dict()"
+    "the state of AutoLR that was loaded has the shards of one rank, and others need theirs: the probe that was "
+    "under way is left out on all of them. To lose none, let each rank save and load its own scheduler.state_dict()"
 )
 
 
