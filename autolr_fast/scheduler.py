@@ -133,7 +133,7 @@ class AutoLR(LRScheduler):
         probe_every_steps: int | None = 10,
         probe_until_fraction: float = 0.5,
         calibration_steps: int | None = None,
-        max_heat: float = 0.2,
+        max_heat: float = 0.3,
         rule: Rule | None = None,
         lr_limits: tuple[float, float] = (1e-12, 1e4),
         micro_batches: str = "last",

@@ -89,7 +89,7 @@ def test_steps_that_lose_the_training_are_taken_again(times, maximize, caplog):
     assert not optimizer.state
     assert scheduler.level[0] == pytest.approx(level / 2)
     for step in train(parts, range(PROBED + 1, PROBED + 80)):
-        ceiling = 0.8 * level * 1.05 ** ((step - PROBED) // 10)
+        ceiling = 0.8 * level * 1.03 ** ((step - PROBED) // 10)
         assert scheduler.level[0] <= ceiling * (1 + 1e-12), step
     assert sign * closure().item() < 0.7 < was
 

@@ -1048,7 +1048,7 @@ def test_last_probe_is_readable():
 def test_repr_and_preset():
     model = mlp()
     assert repr(AutoLR(sgd(model), model)) == (
-        "AutoLR(lr=[0.1], total_steps=None, probe_every_steps=10, calibration_steps=20, max_heat=0.2, rule=None, "
+        "AutoLR(lr=[0.1], total_steps=None, probe_every_steps=10, calibration_steps=20, max_heat=0.3, rule=None, "
         "evaluator='auto')"
     )
     paper = repr(AutoLR.paper(sgd(model), model))

@@ -19,7 +19,7 @@ __all__ = ["Level"]
 
 _LOWEST_RETAKEN = 1 / 2  # of the level, what steps that are taken again leave at least
 _CEILING = 0.8  # of the level at which a training was lost: diffusion with SGD was lost there again
-_HEALING = 1.05  # by which that ceiling rises with each probe: without, diffusion with momentum ends 8 % worse
+_HEALING = 1.03  # by which that ceiling rises with each probe: without, diffusion with momentum ends 4 % worse
 
 
 class Level:

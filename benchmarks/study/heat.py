@@ -39,7 +39,7 @@ from .training import Cell, set_up
 __all__ = ["Point", "main", "panel", "trajectory"]
 
 _COMMAND = "python -m benchmarks.study.heat"
-_LIMIT = 0.2  # AutoLR's default
+_LIMIT = 0.3  # AutoLR's default
 _QUARTER = 1
 _CLOSE = 2.0  # points of accuracy, or % of the loss
 _LOWEST = 1e-3  # ratio that is drawn

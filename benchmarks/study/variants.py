@@ -16,7 +16,7 @@ VARIANTS: Mapping[str, tuple[Callable[..., AutoLR], dict[str, Any]]] = {
     "not calibrated": (AutoLR, {"calibration_steps": 0}),
     "one step calibrated": (AutoLR, {"calibration_steps": 1}),
     "calibration alone": (AutoLR, {"probe_every_steps": None}),
-    **{f"heat {heat:g}": (AutoLR, {"max_heat": heat}) for heat in (0.1, 0.3, 0.5)},
+    **{f"heat {heat:g}": (AutoLR, {"max_heat": heat}) for heat in (0.1, 0.2, 0.5)},
     "any heat": (AutoLR, {"max_heat": math.inf, "rule": Rule()}),
     **{f"every {every}": (AutoLR, {"probe_every_steps": every}) for every in (5, 20)},
     "probed to the end": (AutoLR, {"probe_until_fraction": 1.0}),
