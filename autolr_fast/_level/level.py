@@ -281,7 +281,7 @@ class Level:
     def _set(self, level: Tensor) -> None:
         self.value = level.clamp(*self.limits) if any(self.base) else level
         for group, rate in zip(self._optimizers.param_groups, self.of_groups(), strict=True):
-            group["initial_lr"] = rate
+            group["initial_lr"] = _like(group["lr"], rate)
 
     def _checked(self, rate: float | Tensor, index: int) -> float:
         name = self._optimizers.group_name(index)
@@ -306,6 +306,11 @@ def _start_of(group: dict[str, Any], is_new: bool) -> float | Tensor:
     """Return the rate that a group begins at: that before annealing, if it had some, as with torch's schedulers."""
     rate: float | Tensor = group["lr"] if is_new else group.get("initial_lr", group["lr"])
     return rate
+
+
+def _like(lr: float | Tensor, rate: float | Tensor) -> float | Tensor:
+    """Return a rate as a tensor where ``lr`` is one: a compiled step takes each number beside it for a constant."""
+    return torch.as_tensor(rate, dtype=torch.float64, device=lr.device) if isinstance(lr, Tensor) else rate
 
 
 def _write(group: dict[str, Any], rate: Tensor | float) -> None:

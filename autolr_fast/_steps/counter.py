@@ -74,6 +74,8 @@ class StepCounter:
             if counter := this():
                 counter._after(optimizer)
 
+        # A compiled step does not trace them: it would be compiled anew for what they read.
+        before, after = map(torch.compiler.disable, (before, after))
         self._hooks: list[weakref.finalize[..., StepCounter]] = []
         for optimizer in optimizers:
             if (known := _COUNTERS.get(optimizer)) and (other := known()):
