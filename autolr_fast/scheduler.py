@@ -281,8 +281,8 @@ class AutoLR(LRScheduler):
         is_due = self._tracker.schedule.window_at(step) is not None
         if not (is_due or _may_move(self._level.new_groups()) or self._hooks.may_be_first()):
             return
-        again = self._losses.has(step) and all(each.grad is None for each in self._optimizers.parameters)
-        if again and self._losses.last_is_finite():  # else it is a batch to be skipped
+        again = self._losses.begin_anew(step, self._optimizers.parameters)
+        if again and self._losses.came_twice():  # else it is a batch to be skipped
             self._warn_once(_TWICE)
         self._losses.remember(closure, step, is_first=again)
 
@@ -313,7 +313,7 @@ class AutoLR(LRScheduler):
             self._counter.end_iteration()
             self._warn_once(self._level.reclaim())
         now = self._counter.steps
-        replay, own = self._losses.take(now)
+        replay, own = self._losses.take(now, self._optimizers.parameters)
         closure, own = (closure, None) if closure is not None else (replay, own)
         window = self._tracker.window_due(now)
         lr_before = self._level.rates() if window is not None else []

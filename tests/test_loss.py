@@ -219,6 +219,29 @@ def test_a_step_that_a_scaler_skips_is_not_judged_and_keeps_nothing(fused):
     assert seen == [1, 2, 3]
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_micro_batches_stay_where_an_iteration_ends_after_each(to_none):
+    """As in Accelerate's loop: scheduler.step() after each micro-batch. A batch that is skipped goes, untold."""
+    model, optimizer, scheduler = start(micro_batches="all", **ALWAYS)
+    for step in range(1, 5):
+        batches, prev = [batch() for _ in range(3)], parameters_of(model)
+        for part, (x, y) in enumerate(batches, start=1):
+            scheduler.loss(lambda x=x, y=y: loss_of(model, x, y)).backward()
+            if part == 3:
+                optimizer.step()
+            scheduler.step()
+        losses = [
+            losses_of_copies(model, prev, FACTORS_3, lambda m, pair=pair: loss_of(m, *pair)) for pair in batches
+        ]
+        expected = [statistics.fmean(parts) for parts in zip(*losses, strict=True)]
+        assert scheduler.last_probe.step == step
+        assert scheduler.last_probe.losses.tolist() == pytest.approx(expected, rel=1e-6)
+        optimizer.zero_grad(set_to_none=to_none)
+        scheduler.loss(closure_of(model, *batch())).backward()
+        scheduler.step()  # and no optimizer.step()
+        optimizer.zero_grad(set_to_none=to_none)
+
+
 # Two calls without a backward
 
 
@@ -488,7 +511,7 @@ def test_the_own_loss_is_that_of_what_is_run_again(which):
             losses.remember(lambda: None, step)
             if number != remembered:
                 losses.add(torch.tensor(loss))
-        _, own = losses.take(step)
+        _, own = losses.take(step, ())
         if remembered == 2 or (remembered == 0 and which == "all"):
             assert own is None
         else:
@@ -497,7 +520,7 @@ def test_the_own_loss_is_that_of_what_is_run_again(which):
     losses.add(torch.tensor(4.0))
     assert losses.has(4)
     assert not losses.has(5)
-    assert losses.take(5) == (None, None)
+    assert losses.take(5, ()) == (None, None)
     assert not losses.has(4)
 
 

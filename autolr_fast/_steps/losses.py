@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Losses:
         self._step = -1  # that the next losses are of
         self._replay: Replay | None = None
         self._own: list[Tensor] = []  # losses of what is replayed, as they were in training
+        self._left: tuple[int, int] | None = None  # a gradient as micro-batches of a step to come left it
         self._sum: float | Tensor = 0.0
         self._count: int | Tensor = 0
         self._pending: list[Tensor] = []
@@ -52,16 +53,24 @@ class Losses:
         """
         if self._replay is None or is_first or step != self._step or self._micro_batches == "last":
             self._replay, self._own = Replay(self._model), []
-        self._step = step
+        self._step, self._left = step, None
         self._replay.add(closure)
 
     def has(self, step: int) -> bool:
         """Whether a closure is remembered for a step."""
         return self._replay is not None and len(self._replay) > 0 and step == self._step
 
-    def last_is_finite(self) -> bool:
-        """Whether the loss that came last is finite, of those of the step to come."""
-        return not self._own or bool(self._own[-1].isfinite())
+    def begin_anew(self, step: int, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether closures are remembered for a step, and their gradients are gone: they are no part of it."""
+        if not self.has(step):
+            return False
+        if self._left is None:
+            return all(parameter.grad is None for parameter in parameters)
+        return self._left != _mark_of_gradient(parameters)
+
+    def came_twice(self) -> bool:
+        """Whether no iteration ended since the loss that came last, of the step to come, and that is finite."""
+        return self._left is None and (not self._own or bool(self._own[-1].isfinite()))
 
     def forget_last(self) -> None:
         """Forget the closure that was remembered last: it raised."""
@@ -91,8 +100,18 @@ class Losses:
         if len(self._pending) == _FOLDED:
             self._fold()
 
-    def take(self, step: int) -> tuple[Replay | None, Tensor | None]:
-        """Return what runs the batch of a step again, and its loss before the step, if known; forget both."""
+    def take(self, step: int, parameters: Iterable[nn.Parameter]) -> tuple[Replay | None, Tensor | None]:
+        """Return what runs the batch of a step again, and its loss before the step, if known; forget both.
+
+        Where all micro-batches are run again, those of a step to come stay: an iteration ends after each.
+
+        Args:
+            step: that was done last.
+            parameters: whose gradients tell later whether that step was given up.
+        """
+        if self._micro_batches == "all" and self.has(step + 1):
+            self._left = _mark_of_gradient(parameters)
+            return None, None
         replay, own = self._replay, self._own
         self._replay, self._own = None, []
         if replay is None or step != self._step or not len(replay):
@@ -138,3 +157,9 @@ class Losses:
             self._sum = self._sum + losses.sum()
             self._count = self._count + finite.sum()
             self._pending = []
+
+
+def _mark_of_gradient(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """Return what changes if something writes to the first gradient that there is, or takes it away."""
+    gradient = next((parameter.grad for parameter in parameters if parameter.grad is not None), None)
+    return (0, 0) if gradient is None else (id(gradient), gradient._version)
