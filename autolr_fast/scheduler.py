@@ -123,6 +123,9 @@ class AutoLR(LRScheduler):
         (2, True)
     """
 
+    # Accelerate's prepare() then gives back AutoLR itself: the wrapper has no loss(), and repeats step().
+    _is_accelerate_prepared = True
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
