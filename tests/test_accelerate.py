@@ -37,8 +37,13 @@ pytestmark = pytest.mark.cpu
 
 
 @pytest.fixture(autouse=True)
-def _fresh_state():
-    for state in (AcceleratorState, GradientState, PartialState):
+def _own_state():
+    """Accelerate's state is one for the whole process, and other tests have theirs."""
+    states = (AcceleratorState, GradientState, PartialState)
+    for state in states:
+        state._reset_state()
+    yield
+    for state in states:
         state._reset_state()
 
 
