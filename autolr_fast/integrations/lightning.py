@@ -1,0 +1,220 @@
+"""Lightning: a callback by which AutoLR sees every training step's loss, and moves the rate of the optimizer."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import Tensor
+
+from .._isolation import ClosureError
+from ..scheduler import AutoLR
+
+__all__ = ["AutoLRCallback"]
+
+
+class AutoLRCallback(Callback):  # type: ignore[misc]
+    """Finds the learning rate of a :class:`lightning.pytorch.LightningModule` while ``Trainer.fit`` trains it.
+
+    ``configure_optimizers`` returns the optimizer alone. An :class:`~autolr_fast.AutoLR` becomes the trainer's one
+    scheduler, so ``LearningRateMonitor`` and checkpoints have it. AutoLR sees the loss of each ``training_step``. A
+    probe calls ``training_step`` again on its batch, and logs nothing.
+
+    Args:
+        **options: the keyword arguments of :class:`~autolr_fast.AutoLR`. ``total_steps`` is
+            ``trainer.estimated_stepping_batches`` if it is not among them.
+
+    Attributes:
+        scheduler: of the last fit in this process; ``None`` before.
+
+    Raises:
+        TypeError: if an option is none of AutoLR's.
+        ValueError: as a fit begins, if AutoLR cannot serve the module or the trainer.
+
+    Example:
+        >>> callback = AutoLRCallback(probe_every_steps=20)
+        >>> trainer = pl.Trainer(max_epochs=10, callbacks=[callback], logger=False)
+        >>> callback.scheduler is None  # until trainer.fit(module)
+        True
+    """
+
+    def __init__(self, **options: Any):
+        try:
+            inspect.signature(AutoLR).bind(None, None, **options)
+        except TypeError as error:
+            raise TypeError(
+                f"AutoLRCallback: {error}. Give keyword arguments of AutoLR other than optimizer and model, which "
+                "the trainer has"
+            ) from None
+        self._options = options
+        self.scheduler: AutoLR | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Build AutoLR: the optimizer is there, and its state of a checkpoint is not loaded yet."""
+        _check(trainer, pl_module)
+        options = self._options if "total_steps" in self._options else {"total_steps": _total_steps(trainer)}
+        strategy = trainer.strategy
+        assert strategy.model is not None
+        self.scheduler = AutoLR(trainer.optimizers, strategy.model, **{**self._options, **options})
+        strategy.lr_scheduler_configs.append(LRSchedulerConfig(self.scheduler, interval="step"))
+        vars(strategy)["training_step"] = _seen(self.scheduler, pl_module, strategy.training_step)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to go on from a checkpoint that AutoLR was no part of."""
+        if trainer.global_step and self.scheduler is not None and not self.scheduler.last_epoch:
+            raise ValueError(
+                f"ckpt_path={trainer.ckpt_path!r} was saved without AutoLRCallback at global_step="
+                f"{trainer.global_step}, and has no state of AutoLR. Load its weights alone, by "
+                f"{type(pl_module).__name__}.load_from_checkpoint(path), and fit without ckpt_path"
+            )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the strategy its own ``training_step`` back."""
+        vars(trainer.strategy).pop("training_step", None)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the strategy its own ``training_step`` back."""
+        vars(trainer.strategy).pop("training_step", None)
+
+
+def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Raise a ValueError if AutoLR cannot serve the module or the trainer."""
+    if not module.automatic_optimization:
+        raise ValueError(_MANUAL.format(type(module).__name__))
+    if trainer.lr_scheduler_configs:
+        names = " and ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
+        raise ValueError(
+            f"the trainer has {names}, and AutoLRCallback sets the rate alone, without a warm-up: return the "
+            "optimizer alone from configure_optimizers, and give one AutoLRCallback"
+        )
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            "StochasticWeightAveraging sets a learning rate of its own: use WeightAveraging or EMAWeightAveraging "
+            "with AutoLRCallback, or neither of both"
+        )
+    strategy = trainer.strategy
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or strategy.handles_gradient_accumulation:
+        raise ValueError(
+            f"strategy={type(strategy).__name__}: AutoLRCallback serves one device and DDP, as Trainer(devices=1) "
+            "and Trainer(strategy='ddp'); another strategy keeps parameters or steps elsewhere"
+        )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise ValueError(
+            "training_step takes dataloader_iter, and a probe could not run it again on the same batch: take batch "
+            "and batch_idx"
+        )
+
+
+def _total_steps(trainer: pl.Trainer) -> int:
+    """Return the optimizer steps of the whole training; raise a ValueError if the trainer does not know them."""
+    try:
+        steps = trainer.estimated_stepping_batches
+    except MisconfigurationException as error:
+        raise ValueError(f"total_steps is not known ({error}): {_GIVE_STEPS}") from error
+    if not 0 < steps < math.inf:
+        raise ValueError(f"total_steps is not known, with estimated_stepping_batches={steps}: {_GIVE_STEPS}")
+    return int(steps)
+
+
+def _seen(scheduler: AutoLR, module: pl.LightningModule, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the strategy's ``training_step``, whose losses the scheduler sees."""
+
+    def training_step(*args: Any) -> Any:
+        step = _Step(module, run, args)
+        with suppress(_NoLossError):
+            scheduler.loss(step)
+        output, step.output = step.output, None  # a probe keeps the step, and no graph
+        return output
+
+    return training_step
+
+
+class _Step:
+    """Runs one batch as in training when it is called first, and unnoticed from then on.
+
+    Args:
+        module: that is trained.
+        run: the strategy's ``training_step``, with the contexts of its precision and the forward of its wrapper.
+        args: of the module's ``training_step``.
+
+    Attributes:
+        output: what ``training_step`` returned at first.
+    """
+
+    def __init__(self, module: pl.LightningModule, run: Callable[..., Any], args: tuple[Any, ...]):
+        self.output: Any = None
+        self._has_run = False
+        self._module = module
+        self._run = run
+        self._args = args
+        self._steps_done = _progress(module.trainer).completed
+
+    def __call__(self) -> Tensor:
+        if self._has_run:
+            with _unnoticed(self._module, self._steps_done):
+                return _loss_of(self._run(*self._args))
+        self._has_run = True
+        self.output = self._run(*self._args)
+        return _loss_of(self.output)
+
+
+class _NoLossError(ClosureError):
+    """``training_step`` returned None to skip a batch, or what the trainer will refuse."""
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise _NoLossError(
+            f"training_step returned {loss!r} when a probe ran it again, and a loss in training: let what it "
+            "returns depend on the batch alone"
+        )
+    return loss
+
+
+@contextmanager
+def _unnoticed(module: pl.LightningModule, steps_done: int) -> Iterator[None]:
+    """Have ``self.log`` and the loggers do nothing, and ``global_step`` be that of the training step."""
+    trainer, attributes = module.trainer, vars(module)
+    progress = _progress(trainer)
+    own: dict[str, Any] = {name: attributes[name] for name in ("log", "log_dict") if name in attributes}
+    loggers, completed = trainer.loggers, progress.completed
+    attributes["log"] = attributes["log_dict"] = _do_nothing
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    progress.completed = steps_done
+    try:
+        yield
+    finally:
+        del attributes["log"], attributes["log_dict"]
+        attributes.update(own)
+        trainer.loggers = loggers
+        progress.completed = completed
+
+
+def _do_nothing(*args: Any, **options: Any) -> None:
+    pass
+
+
+def _progress(trainer: pl.Trainer) -> Any:
+    """Return what counts the optimizer steps, as ``global_step``."""
+    return trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+
+
+_GIVE_STEPS = (
+    "give AutoLRCallback(total_steps=...) in optimizer steps, or total_steps=None to train without annealing, or "
+    "Trainer(max_steps=...)"
+)
+_MANUAL = """{} has automatic_optimization=False, and AutoLRCallback cannot see which loss its steps are of. Leave \
+the callback out, return [optimizer], [AutoLR(optimizer, self, total_steps=...)] from configure_optimizers, and \
+write in training_step:
+    loss = self.lr_schedulers().loss(lambda: self.loss_of(batch))  # the closure logs nothing
+    self.lr_schedulers().step()  # after self.manual_backward(loss) and optimizer.step()"""
