@@ -9,8 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -70,7 +69,7 @@ class AutoLRCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to go on from a checkpoint that AutoLR was no part of."""
-        if trainer.global_step and self.scheduler is not None and not self.scheduler.last_epoch:
+        if trainer.ckpt_path and trainer.global_step and self.scheduler and not self.scheduler.last_epoch:
             raise ValueError(
                 f"ckpt_path={trainer.ckpt_path!r} was saved without AutoLRCallback at global_step="
                 f"{trainer.global_step}, and has no state of AutoLR. Load its weights alone, by "
@@ -115,14 +114,15 @@ def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def _total_steps(trainer: pl.Trainer) -> int:
-    """Return the optimizer steps of the whole training; raise a ValueError if the trainer does not know them."""
-    try:
-        steps = trainer.estimated_stepping_batches
-    except MisconfigurationException as error:
-        raise ValueError(f"total_steps is not known ({error}): {_GIVE_STEPS}") from error
+    """Return the optimizer steps of the training from here on; raise a ValueError if they are not known."""
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(f"total_steps is not known, with GradientAccumulationScheduler: {_GIVE_STEPS}")
+    steps = trainer.estimated_stepping_batches
     if not 0 < steps < math.inf:
         raise ValueError(f"total_steps is not known, with estimated_stepping_batches={steps}: {_GIVE_STEPS}")
-    return int(steps)
+    # A second fit goes on counting, with a new optimizer; a checkpoint brings the state of its AutoLR.
+    done = 0 if trainer.ckpt_path else trainer.global_step
+    return max(1, int(steps) - done)
 
 
 def _seen(scheduler: AutoLR, module: pl.LightningModule, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,8 +210,7 @@ def _progress(trainer: pl.Trainer) -> Any:
 
 
 _GIVE_STEPS = (
-    "give AutoLRCallback(total_steps=...) in optimizer steps, or total_steps=None to train without annealing, or "
-    "Trainer(max_steps=...)"
+    "give AutoLRCallback(total_steps=...), in optimizer steps, or total_steps=None to train without annealing"
 )
 _MANUAL = """{} has automatic_optimization=False, and AutoLRCallback cannot see which loss its steps are of. Leave \
 the callback out, return [optimizer], [AutoLR(optimizer, self, total_steps=...)] from configure_optimizers, and \
