@@ -9,7 +9,7 @@ from autolr_fast import AutoLR
 from autolr_fast.demo import load_digits, network
 
 
-def main(epochs=10):
+def main(epochs=6):
     """Train on scikit-learn's digits, and print how well it went."""
     torch.manual_seed(0)
     train, _, (test_x, test_y) = load_digits(seed=0)

@@ -22,7 +22,7 @@ def main():
     train, _, (x, y) = load_digits(seed=0)
     module, callback = Classifier(), AutoLRCallback()
     module.network = network()
-    trainer = pl.Trainer(max_epochs=10, callbacks=[callback], logger=False, enable_checkpointing=False)
+    trainer = pl.Trainer(max_epochs=6, callbacks=[callback], logger=False, enable_checkpointing=False)
     trainer.fit(module, DataLoader(TensorDataset(*train), batch_size=64, shuffle=True))
     correct = module.eval().network(x).argmax(1).eq(y).double().mean().item()
     print(f"level {callback.scheduler.level[0]:.3g}, test accuracy {correct:.1%}")

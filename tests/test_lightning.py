@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import CatMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
@@ -43,7 +44,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LOCAL_RANK.*environment variable"),
 ]
 
-BATCHES, EPOCHS, SKIPPED = 12, 2, 7
+BATCHES, EPOCHS, SKIPPED = 12, 2, (0, 7)
 SOON = {"calibration_steps": 4, "probe_every_steps": 3, "probe_until_fraction": 1.0}  # probes in few steps
 
 
@@ -72,10 +73,11 @@ class Net(pl.LightningModule):
         torch.manual_seed(batch_idx)
 
     def training_step(self, batch, batch_idx):
-        if self.returns == "None" and batch_idx == SKIPPED:
+        if self.returns == "None" and batch_idx in SKIPPED:
             return None
         loss = self.loss_of(batch)
-        self.log("loss", loss)
+        if self.returns != "tensor alone":
+            self.log("loss", loss)
         return {"loss": loss, "more": 1} if self.returns == "dict" else loss
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
@@ -101,10 +103,12 @@ def by_hand(module, accumulate=1, clip=None, within=nullcontext, after=lambda: N
     total_steps = EPOCHS * math.ceil(BATCHES / accumulate)
     scheduler = AutoLR(optimizer, module, total_steps=total_steps, **options)
     module.train()
-    for _ in range(EPOCHS):
+    for epoch in range(EPOCHS):
+        if epoch and isinstance(module, Growing):
+            module.grow(optimizer)
         for index, batch in enumerate(loader()):
             torch.manual_seed(index)
-            if not (module.returns == "None" and index == SKIPPED):
+            if not (module.returns == "None" and index in SKIPPED):
 
                 def closure(batch=batch):
                     with within():
@@ -159,7 +163,15 @@ def test_trains_as_the_loop_by_hand(case):
     assert len(probes) > 4
     assert trainer.callback_metrics["loss"].item() == losses[-1]
     assert [(each.interval, each.frequency) for each in trainer.lr_scheduler_configs] == [("step", 1)]
-    assert "training_step" not in vars(trainer.strategy)
+    assert not {"training_step", "optimizer_step"} & vars(trainer.strategy).keys()
+
+
+def test_a_compiled_module_trains_as_the_loop_by_hand():
+    module, hand = Net("tensor alone"), Net()
+    fit(torch.compile(module, backend="eager"), callback := AutoLRCallback(**SOON), data=loader())
+    by_hand(hand, **SOON)
+    assert_same(module, hand)
+    assert callback.scheduler.evaluator.name == "inplace"
 
 
 class Ranks(Net):
@@ -233,6 +245,38 @@ def test_the_average_of_the_weights_is_that_of_those_that_autolr_leaves():
     assert module.rates == hand.rates
     for one, other in zip(module.parameters(), averages, strict=True):  # put in place as training ended
         assert torch.equal(one, other)
+
+
+class Growing(Net):
+    """A layer joins at the second epoch, at a rate that would ruin the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.late = nn.Linear(6, 3).requires_grad_(False)
+
+    def loss_of(self, batch):
+        return F.cross_entropy(self.layers(batch[0]) + self.late(batch[0]), batch[1])
+
+    def grow(self, optimizer):
+        optimizer.add_param_group({"params": list(self.late.requires_grad_(True).parameters()), "lr": 100.0})
+
+    def on_train_epoch_start(self):
+        if self.current_epoch:
+            self.grow(self.optimizers().optimizer)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.layers.parameters(), lr=1e-5, momentum=0.9)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_first_step_of_a_group_that_joins_is_searched(precision):
+    fit(module := Growing(), callback := AutoLRCallback(**SOON), precision=precision)
+    scheduler, _ = by_hand(hand := Growing(), within=bf16 if precision == "bf16-mixed" else nullcontext, **SOON)
+    assert_same(module, hand)
+    assert [(probe.step, probe.lr_after) for probe in callback.scheduler.history] == [
+        (probe.step, probe.lr_after) for probe in scheduler.history
+    ]
+    assert [probe.step for probe in scheduler.history if len(probe.losses) > 5] == [1, BATCHES + 1]
 
 
 class Kept(Logger):
@@ -487,6 +531,32 @@ def test_refuses(case):
         fit(kind(), AutoLRCallback(), *callbacks)
 
 
+def test_refuses_a_strategy_that_accumulates_by_itself():
+    class Own(SingleDeviceStrategy):
+        handles_gradient_accumulation = True
+
+    with pytest.raises(ValueError, match="strategy=Own: AutoLRCallback serves one device and DDP"):
+        fit(Net(), AutoLRCallback(), strategy=Own(torch.device("cpu")))
+
+
+class Twice(torch.optim.SGD):
+    """Looks at the loss again after its step, as line searches do."""
+
+    def step(self, closure):
+        closure()
+        super().step()
+        return closure()
+
+
+def test_an_optimizer_that_runs_the_training_step_twice_is_refused():
+    class Searching(Net):
+        def configure_optimizers(self):
+            return Twice(self.parameters(), lr=1e-5)
+
+    with pytest.raises(ValueError, match="optimizer=Twice runs the training step more than once"):
+        fit(Searching(), AutoLRCallback(**SOON))
+
+
 def test_refuses_options_that_autolr_does_not_have():
     for options, name in [({"max_heats": 1}, "max_heats"), ({"model": nn.Linear(1, 1)}, "model")]:
         with pytest.raises(TypeError, match=f"AutoLRCallback: .*'{name}'. Give keyword arguments of AutoLR"):
@@ -511,7 +581,7 @@ def test_an_error_and_another_fit_leave_nothing_behind():
         trainer.fit(module, loader())
     first = callback.scheduler
     assert first.last_epoch == 3
-    assert "training_step" not in vars(trainer.strategy)
+    assert not {"training_step", "optimizer_step"} & vars(trainer.strategy).keys()
     assert not {"log", "log_dict"} & vars(module).keys()
     Failing.fails = False
     trainer.fit(module, loader())

@@ -60,12 +60,15 @@ class AutoLRCallback(Callback):  # type: ignore[misc]
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build AutoLR: the optimizer is there, and its state of a checkpoint is not loaded yet."""
         _check(trainer, pl_module)
-        options = self._options if "total_steps" in self._options else {"total_steps": _total_steps(trainer)}
+        options = dict(self._options)
+        if "total_steps" not in options:
+            options["total_steps"] = _total_steps(trainer)
         strategy = trainer.strategy
         assert strategy.model is not None
-        self.scheduler = AutoLR(trainer.optimizers, strategy.model, **{**self._options, **options})
+        self.scheduler = AutoLR(trainer.optimizers, strategy.model, **options)
         strategy.lr_scheduler_configs.append(LRSchedulerConfig(self.scheduler, interval="step"))
         vars(strategy)["training_step"] = _seen(self.scheduler, pl_module, strategy.training_step)
+        vars(strategy)["optimizer_step"] = _gradients_first(strategy.optimizer_step)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to go on from a checkpoint that AutoLR was no part of."""
@@ -77,12 +80,12 @@ class AutoLRCallback(Callback):  # type: ignore[misc]
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the strategy its own ``training_step`` back."""
-        vars(trainer.strategy).pop("training_step", None)
+        """Give the strategy its own methods back."""
+        _put_back(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the strategy its own ``training_step`` back."""
-        vars(trainer.strategy).pop("training_step", None)
+        """Give the strategy its own methods back."""
+        _put_back(trainer)
 
 
 def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -138,6 +141,33 @@ def _seen(scheduler: AutoLR, module: pl.LightningModule, run: Callable[..., Any]
     return training_step
 
 
+def _gradients_first(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the strategy's ``optimizer_step``, which begins as the gradients are there.
+
+    Lightning computes them inside ``optimizer.step``. AutoLR asks before that which param groups will move.
+    """
+
+    def optimizer_step(optimizer: Any, closure: Callable[[], Any], *args: Any, **options: Any) -> Any:
+        results = [closure()]
+
+        def result() -> Any:
+            if not results:
+                raise ValueError(
+                    f"optimizer={type(optimizer).__name__} runs the training step more than once in its step, and "
+                    "AutoLRCallback sees one loss a step: use another optimizer, or none of AutoLR"
+                )
+            return results.pop()
+
+        return run(optimizer, result, *args, **options)
+
+    return optimizer_step
+
+
+def _put_back(trainer: pl.Trainer) -> None:
+    for name in ("training_step", "optimizer_step"):
+        vars(trainer.strategy).pop(name, None)
+
+
 class _Step:
     """Runs one batch as in training when it is called first, and unnoticed from then on.
 
@@ -184,18 +214,14 @@ def _loss_of(output: Any) -> Tensor:
 @contextmanager
 def _unnoticed(module: pl.LightningModule, steps_done: int) -> Iterator[None]:
     """Have ``self.log`` and the loggers do nothing, and ``global_step`` be that of the training step."""
-    trainer, attributes = module.trainer, vars(module)
-    progress = _progress(trainer)
-    own: dict[str, Any] = {name: attributes[name] for name in ("log", "log_dict") if name in attributes}
+    trainer, progress = module.trainer, _progress(module.trainer)
     loggers, completed = trainer.loggers, progress.completed
-    attributes["log"] = attributes["log_dict"] = _do_nothing
+    vars(module).update(log=_do_nothing, log_dict=_do_nothing)  # a probe puts the module's attributes back
     trainer.loggers = [DummyLogger() for _ in loggers]
     progress.completed = steps_done
     try:
         yield
     finally:
-        del attributes["log"], attributes["log_dict"]
-        attributes.update(own)
         trainer.loggers = loggers
         progress.completed = completed
 
