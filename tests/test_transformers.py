@@ -37,6 +37,7 @@ PINNED = {
     "probe_until_fraction": 1.0,
     "rule": Rule(),
 }
+SEARCHING = {"calibration_steps": 4, "probe_every_steps": 3, "rule": Rule()}
 TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second"}
 VOCABULARY, LENGTH = 16, 10
 
@@ -45,7 +46,9 @@ def gpt2(dropout=0.1, seed=0):
     torch.manual_seed(seed)
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     size = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    return GPT2LMHeadModel(GPT2Config(**size, **rates, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM"))
+    model = GPT2LMHeadModel(GPT2Config(**size, **rates, bos_token_id=0, eos_token_id=0))
+    model.loss_type = "ForCausalLM"  # which the Trainer asks, to know that the first token is not predicted
+    return model
 
 
 def t5():
@@ -144,6 +147,7 @@ CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own
 @pytest.mark.parametrize("case", CASES)
 def test_probes_leave_the_training_as_it_is_without_them(case, tmp_path):
     """AutoLR probes each step and may not move the rate: all must be that of the Trainer's own constant rate."""
@@ -192,7 +196,7 @@ def accumulating_loop(model, optimizer, steps, micro_batches, options):
 
 @pytest.mark.parametrize(("parts", "micro_batches"), [(1, "last"), (4, "last"), (4, "all")])
 def test_what_autolr_sees_is_that_of_a_loop(parts, micro_batches, tmp_path):
-    batches, options = [], {"calibration_steps": 3, "probe_every_steps": 3}
+    batches, options = [], SEARCHING
 
     def collate(rows):
         batches.append({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
@@ -214,7 +218,7 @@ def test_what_autolr_sees_is_that_of_a_loop(parts, micro_batches, tmp_path):
     optimizer = Trainer(model, args, train_dataset=examples()).create_optimizer()
     found, history = accumulating_loop(model, optimizer, steps, micro_batches, options)
     assert levels(trainer) == pytest.approx(found, rel=1e-3)
-    assert len({*levels(trainer)}) > 3
+    assert len({*levels(trainer)}) > 2
     for ours, theirs in zip(trainer.lr_scheduler.history, history, strict=True):
         assert ours.step == theirs.step
         torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-4, atol=1e-4)
@@ -230,8 +234,7 @@ def test_a_rate_far_too_low_is_found(tmp_path):
     assert last_loss({}, 1e-7) == pytest.approx(last_loss({}, 1.0), rel=0.15)
 
 
-SAVED = {"gradient_accumulation_steps": 2, "max_steps": 20, "save_strategy": "steps", "save_steps": 1}
-SEARCHING = {"calibration_steps": 4, "probe_every_steps": 3}
+SAVED = {"gradient_accumulation_steps": 2, "max_steps": 24, "save_strategy": "steps", "save_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +243,7 @@ def uninterrupted(tmp_path_factory):
     return trained(Trainer(gpt2(), args, train_dataset=examples()), SEARCHING)
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 6, 8, 10, 15])
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 8, 12, 17])
 def test_a_run_goes_on_bit_for_bit_from_any_step(step, uninterrupted, tmp_path):
     args = arguments(tmp_path, **{**SAVED, "save_strategy": "no"})
     trainer = Trainer(gpt2(seed=7), args, train_dataset=examples())
@@ -249,13 +252,11 @@ def test_a_run_goes_on_bit_for_bit_from_any_step(step, uninterrupted, tmp_path):
     assert logged(trainer, after=step)[:-1] == logged(uninterrupted, after=step)[:-1]  # last is of the whole run
     assert levels(trainer, after=step) == levels(uninterrupted, after=step)
     assert_same_weights(trainer.model, uninterrupted.model)
-    assert len({*levels(uninterrupted)}) > 3
-    probed = [probe.step for probe in uninterrupted.lr_scheduler.history]
-    assert {1, 4} <= {*probed}
-    assert max(probed) == 10
 
 
 def test_a_checkpoint_has_the_state(uninterrupted):
+    assert [probe.step for probe in uninterrupted.lr_scheduler.history] == [1, 2, 3, 4, 6, 9, 12]
+    assert len({*levels(uninterrupted)}) > 3
     folder = f"{uninterrupted.args.output_dir}/checkpoint-8"
     assert torch.load(f"{folder}/scheduler.pt", weights_only=True)["last_epoch"] == 8
 
@@ -435,7 +436,7 @@ def test_what_cannot_be_served_is_refused(case, tmp_path):
 
 def test_a_mixed_class_refuses_as_it_begins(tmp_path):
     model = gpt2()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     both = (optimizer, get_constant_schedule(optimizer))
     mixed = Mixed(model, arguments(tmp_path), train_dataset=examples(), optimizers=both)
     with pytest.raises(ValueError, match="trainer has lr_scheduler=LambdaLR"):
