@@ -1,0 +1,83 @@
+"""The Trainer on two processes with gloo: each with its own batches, one learning rate."""
+
+import os
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from transformers import Trainer
+
+from .test_transformers import SEARCHING, arguments, examples, gpt2, levels, logged, trained
+
+RANKS = 2
+BATCH = 8
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+CASES = {
+    "plain": {"max_steps": 14},
+    "accumulation": {"max_steps": 14, "gradient_accumulation_steps": 2},
+}
+
+
+def run(folder, case, ranks):
+    args = arguments(folder, per_device_train_batch_size=BATCH // ranks, **CASES[case])
+    trainer = trained(Trainer(gpt2(dropout=0.0), args, train_dataset=examples(48)), SEARCHING)
+    return {
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "level": levels(trainer),
+        "loss": [row["loss"] for row in logged(trainer)[:-1]],
+        "probes": [(probe.step, probe.losses) for probe in trainer.lr_scheduler.history],
+        "tokens": trainer.state.num_input_tokens_seen,
+        "weights": [parameter.detach().clone() for parameter in trainer.model.parameters()],
+    }
+
+
+def worker(rank, directory):
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*barrier.*device")  # torch's own, of a barrier of accelerate's
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), ACCELERATE_USE_CPU="1")
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
+    torch.save({case: run(directory, case, RANKS) for case in CASES}, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (str(directory),), nprocs=RANKS)
+    return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_agree_bitwise(case, results):
+    first, second = (of_rank[case] for of_rank in results)
+    assert first["wrapped"] == "DistributedDataParallel"
+    assert first["level"] == second["level"]
+    assert len({*first["level"]}) > 2
+    for name in ("probes", "weights"):
+        assert len(first[name]) == len(second[name])
+    for one, other in zip(first["weights"], second["weights"], strict=True):
+        assert torch.equal(one, other)
+    for (step, one), (other_step, other) in zip(first["probes"], second["probes"], strict=True):
+        assert step == other_step
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_are_one_process_with_both_batches(case, results, tmp_path):
+    alone, ranks = run(tmp_path, case, ranks=1), results[0][case]
+    assert ranks["tokens"] == alone["tokens"]
+    assert ranks["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    assert ranks["level"] == pytest.approx(alone["level"], rel=1e-3)
+    for (step, one), (other_step, other) in zip(ranks["probes"], alone["probes"], strict=True):
+        assert step == other_step
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
