@@ -21,8 +21,8 @@ BATCH = 8
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 CASES = {
-    "plain": {"max_steps": 14},
-    "accumulation": {"max_steps": 14, "gradient_accumulation_steps": 2},
+    "plain": {"max_steps": 12},
+    "accumulation": {"max_steps": 12, "gradient_accumulation_steps": 2},
 }
 
 
@@ -43,8 +43,8 @@ def worker(rank, directory):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", DeprecationWarning)
-    warnings.filterwarnings("ignore", message=".*barrier.*device")  # torch's own, of a barrier of accelerate's
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), ACCELERATE_USE_CPU="1")
+    of_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "localhost"}
+    os.environ.update({name: str(value) for name, value in of_torchrun.items()})
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
     torch.save({case: run(directory, case, RANKS) for case in CASES}, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
@@ -62,7 +62,7 @@ def test_ranks_agree_bitwise(case, results):
     first, second = (of_rank[case] for of_rank in results)
     assert first["wrapped"] == "DistributedDataParallel"
     assert first["level"] == second["level"]
-    assert len({*first["level"]}) > 2
+    assert len({*first["level"]}) > 1
     for name in ("probes", "weights"):
         assert len(first[name]) == len(second[name])
     for one, other in zip(first["weights"], second["weights"], strict=True):
