@@ -28,6 +28,7 @@ from transformers import (
 
 from autolr_fast import AutoLR, ClosureError, Rule
 from autolr_fast.integrations.transformers import AutoLRMixin, attach
+from examples import trainer as trainer_example
 
 RATE = 1e-2
 PINNED = {
@@ -459,3 +460,12 @@ def test_what_is_ignored_is_told_once(tmp_path):
             "lr_scheduler_type='cosine'",
             "lr_scheduler_kwargs={'last_epoch': 3}",
         ]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+def test_example(capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    trainer_example.main(steps=60)
+    level, loss = re.findall(r"level (\S+), loss (\S+)", capsys.readouterr().out)[-1]
+    assert float(level) > 1e-4
+    assert float(loss) < 2.5
