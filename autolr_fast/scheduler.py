@@ -645,6 +645,22 @@ class AutoLR(LRScheduler):
             "held_back": self._level.held_back.state(),
         }
 
+    def share_losses(self) -> None:
+        """Have each rank hold the mean over ranks of the losses since the last probe.
+
+        Then the state of one rank serves all. Call it on every rank before one saves :meth:`state_dict` for all.
+        Alone, it does nothing.
+
+        Example:
+            >>> model = nn.Linear(4, 1)
+            >>> scheduler = AutoLR(torch.optim.SGD(model.parameters(), lr=0.1), model)
+            >>> scheduler.share_losses()
+            >>> state = scheduler.state_dict()
+        """
+        if is_distributed():
+            device = next(iter(self._optimizers.parameters)).device
+            self._losses.share(self._prober.process_group, device)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, and set the learning rates to it.
 

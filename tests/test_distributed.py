@@ -64,6 +64,16 @@ def trained(rank, case):
     return rows, [parameter.detach().clone() for parameter in model.parameters()]
 
 
+def shared(rank):
+    """What a rank would save of its losses, before and after all have shared them."""
+    model, _, scheduler = start("mlp", "step", "inplace", DistributedDataParallel)
+    for step in range(3):
+        scheduler.loss(partial(loss_at, model, "mlp", rank, step))
+    own = scheduler.state_dict()["losses"]
+    scheduler.share_losses()
+    return own, scheduler.state_dict()["losses"]
+
+
 def sharded(rank, evaluator):
     """Training losses and probes of a model under FSDP2, whose root holds parameters too."""
     torch.manual_seed(5)
@@ -94,6 +104,7 @@ def worker(rank, directory, cases):
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
     torch.set_num_threads(1)
     results = [trained(rank, case) for case in cases]
+    results.append(shared(rank))
     results.append([sharded(rank, evaluator) for evaluator in (None, "inplace", "auto")])
     results.append(mean_over_ranks(torch.tensor([1.0 + rank, 10.0 * rank]), None))
     torch.save(results, f"{directory}/{rank}.pt")
@@ -120,6 +131,13 @@ def test_mean_by_hand(results):
     for of_rank in results:
         assert of_rank[-1].tolist() == [1.5, 5.0]
     assert mean_over_ranks(torch.tensor([3.0]), None).item() == 3.0
+
+
+def test_ranks_share_the_mean_of_their_losses(results):
+    (own, after), (other_own, other_after) = (of_rank[-3] for of_rank in results)
+    assert own["sum"] != other_own["sum"]
+    assert after == other_after
+    assert after == {"sum": pytest.approx((own["sum"] + other_own["sum"]) / 2), "count": 3}
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._isolation import Closure, ClosureError, Replay
+from .._machine.ranks import ProcessGroup, mean_over_ranks
 
 __all__ = ["Losses"]
 
@@ -138,6 +139,19 @@ class Losses:
     def forget(self) -> None:
         """Begin a new mean."""
         self._sum, self._count, self._pending = 0.0, 0, []
+
+    def share(self, process_group: ProcessGroup | None, device: torch.device) -> None:
+        """Take the mean over ranks for that of this rank.
+
+        Args:
+            process_group: the ranks.
+            device: on which they exchange it.
+        """
+        self._fold()
+        own = float(self._sum) / int(self._count) if int(self._count) else math.nan
+        mean = mean_over_ranks(torch.tensor(own, dtype=torch.float64, device=device), process_group).item()
+        if math.isfinite(mean):  # on all ranks alike
+            self._sum = mean * int(self._count)
 
     def state(self) -> tuple[float, int]:
         """Return what :meth:`load` takes."""
