@@ -20,20 +20,22 @@ BATCH = 8
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
+SAVED = {"save_strategy": "steps", "save_steps": 8}  # between two probes
 CASES = {
-    "plain": {"max_steps": 12},
+    "plain": {"max_steps": 20, **SAVED},
     "accumulation": {"max_steps": 12, "gradient_accumulation_steps": 2},
 }
 
 
-def run(folder, case, ranks):
+def run(folder, case, ranks, **how):
     args = arguments(folder, per_device_train_batch_size=BATCH // ranks, **CASES[case])
-    trainer = trained(Trainer(gpt2(dropout=0.0), args, train_dataset=examples(48)), SEARCHING)
+    trainer = trained(Trainer(gpt2(dropout=0.0), args, train_dataset=examples(48)), SEARCHING, **how)
     return {
         "wrapped": type(trainer.model_wrapped).__name__,
         "level": levels(trainer),
         "loss": [row["loss"] for row in logged(trainer)[:-1]],
         "probes": [(probe.step, probe.losses) for probe in trainer.lr_scheduler.history],
+        "gain": repr(trainer.lr_scheduler.state_dict()["level"]),  # which is of the losses of all ranks
         "tokens": trainer.state.num_input_tokens_seen,
         "weights": [parameter.detach().clone() for parameter in trainer.model.parameters()],
     }
@@ -46,7 +48,10 @@ def worker(rank, directory):
     of_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "localhost"}
     os.environ.update({name: str(value) for name, value in of_torchrun.items()})
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
-    torch.save({case: run(directory, case, RANKS) for case in CASES}, f"{directory}/{rank}.pt")
+    found = {case: run(f"{directory}/{case}", case, RANKS) for case in CASES}
+    checkpoint = f"{directory}/plain/checkpoint-{SAVED['save_steps']}"
+    found["resumed"] = run(f"{directory}/again", "plain", RANKS, resume_from_checkpoint=checkpoint)
+    torch.save(found, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -81,3 +86,14 @@ def test_two_ranks_are_one_process_with_both_batches(case, results, tmp_path):
     for (step, one), (other_step, other) in zip(ranks["probes"], alone["probes"], strict=True):
         assert step == other_step
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_both_ranks_go_on_bit_for_bit_from_what_one_has_saved(results):
+    for of_rank in results:
+        whole, resumed = of_rank["plain"], of_rank["resumed"]
+        assert resumed["level"] == whole["level"]
+        assert resumed["gain"] == whole["gain"]
+        assert resumed["loss"] == whole["loss"]
+        assert [step for step, _ in resumed["probes"]] == [1, 2, 3, 4, 6, 9]
+        for one, other in zip(resumed["weights"], whole["weights"], strict=True):
+            assert torch.equal(one, other)

@@ -132,6 +132,12 @@ class AutoLRMixin:
             logs["autolr/level"] = self.lr_scheduler.level[0]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save, as the Trainer does on every rank; the state of the scheduler is that of the first rank alone."""
+        if isinstance(self.lr_scheduler, AutoLR):
+            self.lr_scheduler.share_losses()
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
     def _autolr_loss(
         self, compute_loss: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
