@@ -168,7 +168,7 @@ class AutoLRMixin:
             inputs: of the micro-batch.
             items: of all of them, if they were counted.
         """
-        parts = self.current_gradient_accumulation_steps
+        parts: int = self.current_gradient_accumulation_steps
         is_scaled = self.loss_is_scaled_for_ga
         if is_scaled is None:
             is_scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
@@ -177,7 +177,8 @@ class AutoLRMixin:
         own = None if items is None else self._get_num_items_in_batch([inputs], self.args.device)
         if own is None or self.autolr_options.get("micro_batches") == "all":
             return 1 / parts
-        return torch.as_tensor(own).clamp(min=1) / items
+        share: Tensor = torch.as_tensor(own).clamp(min=1) / items
+        return share
 
     @contextmanager
     def _autolr_untouched(self) -> Iterator[None]:
