@@ -62,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _loss_after(taught, plain, steps=args.steps or STEPS["from scratch"], rate=1e-2, seed=seed)
         for task, start, tokens in (("from scratch", fresh, plain), ("fine-tuning", taught, upper)):
             for name, rate, prepare in _runs():
-                began = time.perf_counter()
+                began = time.process_time()
                 options = {"steps": args.steps or STEPS[task], "rate": rate, "seed": seed, "prepare": prepare}
                 loss = _loss_after(copy.deepcopy(start), tokens, **options)
-                seconds[task].setdefault(name.split(",")[0], []).append(time.perf_counter() - began)
+                seconds[task].setdefault(name.split(",")[0], []).append(time.process_time() - began)
                 rows[task].setdefault(name, []).append(loss)
                 print(f"seed {seed}, {task}, {name}: {loss:.3f}", flush=True)
     args.results.mkdir(parents=True, exist_ok=True)
@@ -148,18 +148,17 @@ def _page(
     ]
     for task, of_task in rows.items():
         best = min((name for name in of_task if name.startswith("linear")), key=lambda name: _mean(of_task[name]))
-        lines += [
-            f"## {task.capitalize()}, {args.steps or STEPS[task]} steps",
-            "",
-            "| | validation loss | beside the",
-        ]
-        lines[-1] += " best linear |"
-        lines.append("|---|---|---|")
+        lines += [f"## {task.capitalize()}, {args.steps or STEPS[task]} steps", ""]
+        lines += ["| | validation loss | beside the best linear |", "|---|---|---|"]
         for name, losses in of_task.items():
             over = _mean(losses) / _mean(of_task[best]) - 1
             lines.append(f"| {name}{' (best)' * (name == best)} | {_told(losses)} | {over:+.1%} |")
         ours, linear = (statistics.median(seconds[task][name]) for name in ("AutoLR", "linear"))
-        lines += ["", f"Median time of a training and its evaluation: AutoLR {ours / linear:.2f} times linear.", ""]
+        lines += [
+            "",
+            f"Median CPU time of a training and its evaluation: AutoLR {ours / linear:.2f} times linear.",
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -379,6 +379,29 @@ def test_a_loss_that_fails_leaves_the_trainer_as_it_was(tmp_path):
     assert "compute_loss" not in vars(trainer)
 
 
+def test_a_step_without_compute_loss_is_refused(tmp_path):
+    class Bare(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**inputs).loss
+            loss.backward()
+            return loss.detach()
+
+    trainer = Bare(gpt2(), arguments(tmp_path), train_dataset=examples())
+    with (
+        pytest.warns(UserWarning, match="no loss came through AutoLR for this step"),
+        pytest.raises(ClosureError, match="scheduler.loss"),
+    ):
+        trained(trainer, SEARCHING)
+
+
+def test_a_checkpoint_of_another_scheduler_is_refused(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=4)
+    trained(Trainer(gpt2(), args, train_dataset=examples()))
+    trainer = Trainer(gpt2(), args, train_dataset=examples())
+    with pytest.raises(ValueError, match="state_dict has no .*: it was saved by something else"):
+        trained(trainer, {}, resume_from_checkpoint=f"{tmp_path}/checkpoint-4")
+
+
 def broken(folder, options=None, **attributes):
     args = arguments(folder)
     trainer = Trainer(gpt2(), args, train_dataset=examples())
