@@ -172,6 +172,17 @@ def test_probes_leave_the_training_as_it_is_without_them(case, tmp_path):
         assert min(float(probe.losses.min()) for probe in ours.lr_scheduler.history) > 50
 
 
+def test_streamed_candidates_are_those_in_place(tmp_path):
+    args = arguments(tmp_path, bf16=True, activation_checkpointing=True)
+    seen = {}
+    for evaluator in ("inplace", "streamed"):
+        trainer = Trainer(gpt2(), args, train_dataset=examples())
+        scheduler = trained(trainer, {**PINNED, "evaluator": evaluator}).lr_scheduler
+        assert {probe.evaluator for probe in scheduler.history} == {evaluator}
+        seen[evaluator] = torch.stack([probe.losses for probe in scheduler.history])
+    assert torch.equal(seen["streamed"], seen["inplace"])
+
+
 def accumulating_loop(model, optimizer, steps, micro_batches, options):
     """The same training by hand: the loss of a step is the mean over its tokens."""
     scheduler = AutoLR(optimizer, model, total_steps=len(steps), micro_batches=micro_batches, **options)

@@ -84,6 +84,17 @@ def test_tokens_and_metrics_are_those_of_training_alone(case, tmp_path):
     assert all(len({*probe.losses.tolist()}) > 1 for probe in ours.lr_scheduler.history)
 
 
+@pytest.mark.parametrize("case", ["sft", "dpo, adapters"])
+def test_streamed_candidates_are_those_in_place(case, tmp_path):
+    make, changes = CASES[case]
+    seen = {}
+    for evaluator in ("inplace", "streamed"):
+        trainer = trained(make(tmp_path, max_steps=4, **changes), {**PINNED, "evaluator": evaluator})
+        assert {probe.evaluator for probe in trainer.lr_scheduler.history} == {evaluator}
+        seen[evaluator] = torch.stack([probe.losses for probe in trainer.lr_scheduler.history])
+    assert torch.equal(seen["streamed"], seen["inplace"])
+
+
 @pytest.mark.parametrize("make", [sft, dpo])
 def test_autolr_finds_a_rate(make, tmp_path):
     plain = trained(make(tmp_path, learning_rate=1e-9, max_steps=25))
