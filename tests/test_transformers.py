@@ -455,7 +455,11 @@ REFUSED = {
     "begun": (begun, ValueError, r"begun to train: call attach before trainer.train\(\)"),
     "an unknown option": (lambda f: broken(f, {"max_heats": 1}), TypeError, "max_heats=1 .* max_heat,"),
     "steps": (lambda f: broken(f, {"total_steps": 9}), TypeError, "total_steps=9.*max_steps"),
-    "no trainer": (lambda f: (gpt2(), {}), TypeError, "expected a transformers.Trainer"),
+    "no trainer": (
+        lambda f: (gpt2(), {}),
+        TypeError,
+        "a GPT2LMHeadModel without training_step: expected a Trainer",
+    ),
 }
 
 

@@ -28,7 +28,7 @@ def attach(trainer: Any, **options: Any) -> None:
         **options: of :class:`~autolr_fast.AutoLR`, all but ``total_steps``, which the trainer knows.
 
     Raises:
-        TypeError: if ``trainer`` is none, or AutoLR has no such option.
+        TypeError: if ``trainer`` is none, or of transformers before 5.19, or AutoLR has no such option.
         ValueError: if the trainer has a scheduler, or trains in a way that AutoLR cannot look into.
 
     Example:
@@ -38,8 +38,6 @@ def attach(trainer: Any, **options: Any) -> None:
         >>> trainer.train()  # doctest: +SKIP
     """
     kind = type(trainer)
-    if not all(hasattr(kind, name) for name in ("training_step", "create_scheduler", "compute_loss", "log")):
-        raise TypeError(f"trainer={trainer!r}: expected a transformers.Trainer, or one of a class made from it")
     if isinstance(trainer, AutoLRMixin):
         raise ValueError(
             f"trainer is a {kind.__name__} that has AutoLR already: attach once, or use a class with AutoLRMixin"
@@ -217,7 +215,13 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _check_trainer(trainer: Any) -> None:
-    """Raise a ValueError for a trainer whose steps or losses AutoLR cannot see."""
+    """Raise a TypeError for what is no trainer, and a ValueError for one whose steps or losses AutoLR cannot see."""
+    for name in _NEEDED:
+        if not hasattr(trainer, name):
+            raise TypeError(
+                f"trainer is a {type(trainer).__name__} without {name}: expected a Trainer of transformers 5.19 or "
+                "later, or one of a class made from it"
+            )
     args = trainer.args
     if trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -253,6 +257,7 @@ def _check_trainer(trainer: Any) -> None:
         )
 
 
+_NEEDED = ("training_step", "create_scheduler", "compute_loss", "loss_is_scaled_for_ga", "_get_num_items_in_batch")
 _WHOLE = {
     "galore_adamw_layerwise": "galore_adamw",
     "galore_adamw_8bit_layerwise": "galore_adamw_8bit",
