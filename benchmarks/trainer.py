@@ -1,7 +1,7 @@
 """The Trainer of transformers with AutoLR from three rates, beside its linear schedule from five.
 
 ``python -m benchmarks.trainer --text FILE`` trains a small GPT-2 on the characters of a text, from scratch and as
-fine-tuning, and writes ``results/trainer.md``; six minutes on one core.
+fine-tuning, and writes ``results/trainer.md``; three minutes on one core.
 """
 
 from __future__ import annotations

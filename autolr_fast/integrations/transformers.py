@@ -215,7 +215,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _check_trainer(trainer: Any) -> None:
-    """Raise a TypeError for what is no trainer, and a ValueError for one whose steps or losses AutoLR cannot see."""
+    """Raise a TypeError for what is no trainer; a ValueError for one whose steps or losses AutoLR cannot see."""
     for name in _NEEDED:
         if not hasattr(trainer, name):
             raise TypeError(
