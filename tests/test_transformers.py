@@ -40,7 +40,7 @@ PINNED = {
 }
 SEARCHING = {"calibration_steps": 4, "probe_every_steps": 3, "rule": Rule()}
 TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second"}
-VOCABULARY, LENGTH = 16, 10
+VOCABULARY, LENGTH, STEPS = 16, 10, 6
 
 
 def gpt2(dropout=0.1, seed=0):
@@ -84,7 +84,7 @@ def arguments(folder, kind=TrainingArguments, **changes):
         "per_device_train_batch_size": 4,
         "logging_steps": 1,
         "save_strategy": "no",
-        "max_steps": 8,
+        "max_steps": STEPS,
         "learning_rate": RATE,
         "include_num_input_tokens_seen": "all",
     }
@@ -136,13 +136,13 @@ class Telling(Trainer):
 CASES = {
     "plain": {},
     "epochs": {"max_steps": -1, "num_train_epochs": 1.0},
-    "accumulation": {"gradient_accumulation_steps": 4, "max_steps": 7},
+    "accumulation": {"gradient_accumulation_steps": 4},
     "bf16": {"bf16": True},
     "checkpointing": {"activation_checkpointing": True},
     "clipping": {"max_grad_norm": 0.1},
     "label smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
     "iterable": {"train_dataset": Stream()},
-    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 4},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 3},
     "own accounts": {"trainer": Telling},
     "sequence to sequence": {"trainer": Seq2SeqTrainer, "model": t5, "kind": Seq2SeqTrainingArguments},
 }
@@ -238,12 +238,13 @@ def test_what_autolr_sees_is_that_of_a_loop(parts, micro_batches, tmp_path):
 
 def test_a_rate_far_too_low_is_found(tmp_path):
     def last_loss(options, rate):
-        args = arguments(tmp_path, max_steps=60, learning_rate=rate, logging_steps=10)
+        args = arguments(tmp_path, max_steps=40, learning_rate=rate, logging_steps=10)
         trainer = trained(Trainer(gpt2(), args, train_dataset=examples()), options)
         return [row["loss"] for row in trainer.state.log_history if "loss" in row][-1]
 
-    assert last_loss({}, 1e-7) < last_loss(None, 1e-7) - 0.5
-    assert last_loss({}, 1e-7) == pytest.approx(last_loss({}, 1.0), rel=0.15)
+    from_low = last_loss({}, 1e-7)
+    assert from_low < last_loss(None, 1e-7) - 0.3
+    assert from_low == pytest.approx(last_loss({}, 1.0), rel=0.15)
 
 
 SAVED = {"gradient_accumulation_steps": 2, "max_steps": 24, "save_strategy": "steps", "save_steps": 1}
@@ -288,7 +289,7 @@ def test_training_twice_starts_from_the_level_found(tmp_path):
         trainer.train()
     second = trainer.lr_scheduler
     assert second is not first
-    assert second.last_epoch == 8
+    assert second.last_epoch == STEPS
     assert trainer.state.log_history[0]["learning_rate"] == pytest.approx(first.level[0])
     assert trainer.optimizer.param_groups[0]["lr"] < 1e-9  # annealed again
 

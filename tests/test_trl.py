@@ -11,7 +11,17 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from .test_transformers import LENGTH, PINNED, arguments, assert_same_weights, examples, levels, logged, trained
+from .test_transformers import (
+    LENGTH,
+    PINNED,
+    STEPS,
+    arguments,
+    assert_same_weights,
+    examples,
+    levels,
+    logged,
+    trained,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing.* is deprecated"),
@@ -80,7 +90,7 @@ def test_tokens_and_metrics_are_those_of_training_alone(case, tmp_path):
     rows = [row for row in ours.state.log_history if "loss" in row]
     assert {"num_tokens", "mean_token_accuracy", "entropy", "autolr/level"} <= {*rows[-1]}
     assert rows[-1]["num_tokens"] == ours._total_train_tokens == plain._total_train_tokens > 0
-    assert len(ours.lr_scheduler.history) == 8
+    assert len(ours.lr_scheduler.history) == STEPS
     assert all(len({*probe.losses.tolist()}) > 1 for probe in ours.lr_scheduler.history)
 
 
@@ -89,7 +99,7 @@ def test_streamed_candidates_are_those_in_place(case, tmp_path):
     make, changes = CASES[case]
     seen = {}
     for evaluator in ("inplace", "streamed"):
-        trainer = trained(make(tmp_path, max_steps=4, **changes), {**PINNED, "evaluator": evaluator})
+        trainer = trained(make(tmp_path, max_steps=3, **changes), {**PINNED, "evaluator": evaluator})
         assert {probe.evaluator for probe in trainer.lr_scheduler.history} == {evaluator}
         seen[evaluator] = torch.stack([probe.losses for probe in trainer.lr_scheduler.history])
     assert torch.equal(seen["streamed"], seen["inplace"])
@@ -97,8 +107,8 @@ def test_streamed_candidates_are_those_in_place(case, tmp_path):
 
 @pytest.mark.parametrize("make", [sft, dpo])
 def test_autolr_finds_a_rate(make, tmp_path):
-    plain = trained(make(tmp_path, learning_rate=1e-9, max_steps=25))
-    ours = trained(make(tmp_path, learning_rate=1e-9, max_steps=25), {})
+    plain = trained(make(tmp_path, learning_rate=1e-9, max_steps=20))
+    ours = trained(make(tmp_path, learning_rate=1e-9, max_steps=20), {})
     assert ours.state.log_history[-1]["train_loss"] < 0.95 * plain.state.log_history[-1]["train_loss"]
     assert 1e-4 < levels(ours)[-1] < 1
 
