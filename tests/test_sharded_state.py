@@ -78,6 +78,8 @@ def interrupted(wrap, way, at, rank, directory):
         goes_on = start(wrap)
         if way == "checkpoint, live":
             train(goes_on, range(18), rank)
+        if way != "by each rank":
+            parts[2].share_losses()
         state = handed_on(parts[2], way, directory, rank, live=goes_on[2])
         if way == "checkpoint, live":
             goes_on = start(wrap)
@@ -159,8 +161,8 @@ def test_a_state_goes_on_right_or_leaves_one_probe_out_on_all_ranks(results, wra
         assert (steps, rates) == (all_steps, all_rates)
         assert all(map(torch.equal, weights, all_weights))
     if wrap == "ddp":
-        assert steps == all_steps  # the mean loss since the last probe is that of rank 0
-        assert rates == pytest.approx(all_rates, rel=0.2)
+        assert steps == all_steps
+        assert rates == pytest.approx(all_rates, rel=1e-9)  # a mean of means, rounded elsewhere
         assert not told
         return
     left_out = [step for step in all_steps if step not in steps]

@@ -230,9 +230,9 @@ def _check_trainer(trainer: Any) -> None:
         )
     if trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled:
         raise ValueError(
-            f"fsdp={args.fsdp!r}: the Trainer saves the scheduler of one rank alone, and the state of AutoLR holds "
-            "that rank's part of the parameters; train without fsdp by torchrun (DistributedDataParallel), or use "
-            "AutoLR in a loop of your own with torch.distributed.fsdp.fully_shard"
+            f"fsdp={args.fsdp!r}: AutoLR is not known to work where the Trainer shards the model; train without "
+            "fsdp by torchrun (DistributedDataParallel), or use AutoLR in a loop of your own with "
+            "torch.distributed.fsdp.fully_shard"
         )
     if args.n_gpu > 1:
         raise ValueError(
