@@ -342,16 +342,18 @@ class AutoLR(LRScheduler):
     def watch(self, loss: float | Tensor) -> None:
         """See the loss on examples held back from training: once it has stopped falling, annealing begins.
 
-        Then the learning rate falls in a straight line to zero, in half as many steps as were trained until then,
-        or by ``anneal`` where that is lower, and probes end. A log line of ``"autolr_fast"`` says so. It is for
-        examples with wrong labels, trainings that are too long, and trainings of no known length. Call it after
-        :meth:`step`, as often as you evaluate: every hundredth of the training, say.
+        The loss has stopped falling if the training loss is clearly below its lowest, and there was no new low for a
+        fifth of the steps done; or for two thirds of them. Then the learning rate falls in a straight line to zero,
+        in half as many steps as were trained until then, or by ``anneal`` where that is lower, and probes end. A log
+        line of ``"autolr_fast"`` says so. It is for examples with wrong labels, trainings that are too long, and
+        trainings of no known length. Call it after :meth:`step`, as often as you evaluate: every hundredth of the
+        training, say.
 
         Args:
-            loss: the mean over the same examples each time, in eval mode and without gradients; with
-                ``maximize=True`` the higher the better. A tensor is read back from its device, which waits for it.
-                It is averaged over the ranks, so each calls it. One that is not finite says nothing; of several
-                without a step in between, the first counts.
+            loss: the mean of the training's loss function over the same examples each time, in eval mode and
+                without gradients; with ``maximize=True`` the higher the better. A tensor is read back from its
+                device, which waits for it. It is averaged over the ranks, so each calls it. One that is not finite
+                says nothing; of several without a step in between, the first counts.
 
         Raises:
             TypeError: if ``loss`` is no number and no tensor of real numbers.
@@ -382,8 +384,8 @@ class AutoLR(LRScheduler):
         if is_distributed():
             own = torch.tensor(value, dtype=torch.float64, device=next(iter(self._optimizers.parameters)).device)
             value = mean_over_ranks(own, self._prober.process_group).item()
-        held_back = self._level.held_back
-        if self.has_ended or not held_back.add(now, -value if self._maximizes else value):
+        held_back, training = self._level.held_back, self._level.heat.recent_loss.item()
+        if self.has_ended or not held_back.add(now, -value if self._maximizes else value, training):
             return
         self._end_probes()
         _log.info(

@@ -15,10 +15,10 @@ from autolr_fast._level.held_back import HeldBack
 from .helpers import mlp
 
 
-def alarm(losses, every=10):
+def alarm(losses, every=10, training=-math.inf):
     """The step of the alarm, if there is one."""
     held_back = HeldBack()
-    steps = [step for step, loss in enumerate(losses, 1) if held_back.add(every * step, loss)]
+    steps = [step for step, loss in enumerate(losses, 1) if held_back.add(every * step, loss, training)]
     assert len(steps) <= 1
     assert held_back.began == (every * steps[0] if steps else None)
     return held_back.began
@@ -33,17 +33,17 @@ def noisy(values, deviation):
 
 
 FALLING = [4 / (1 + 0.1 * i) for i in range(200)]
-U_SHAPED = [4 - 0.25 * i if i < 10 else 1.5 + 0.25 * (i - 10) for i in range(40)]
+U_SHAPED = [5 - 0.25 * i if i < 11 else 2.25 + 0.25 * (i - 11) for i in range(40)]
 SPIKES = [loss + 3 * (i % 7 == 3) for i, loss in enumerate(FALLING)]
 CURVES = {
     "falling": (FALLING, None),
-    "noisy falling": (noisy(FALLING, 0.05), None),
+    "noisy falling": (noisy(FALLING, 0.01), None),
     "falling with spikes": (SPIKES, None),
     "rising": ([1 + 0.1 * i for i in range(50)], None),  # no fall that could have ended
     "flat from the start": ([1.0] * 50, None),
-    "falls, then flat": ([3.0, 2.0, *[1.0] * 60], 140),  # half of the steps were at 60 already
-    "falls for long, then flat": (FALLING[:40] + [FALLING[39]] * 60, 800),  # no new low since 400
-    "u-shaped": (U_SHAPED, 160),
+    "falls, then flat": ([3.0, 2.0, *[1.0] * 60], 140),  # a fifth of the steps were at 40 already
+    "falls for long, then flat": (FALLING[:40] + [FALLING[39]] * 60, 510),  # no new low since 400
+    "u-shaped": (U_SHAPED, 160),  # four losses since 120
     "noisy u-shaped": (noisy(U_SHAPED, 0.1), 160),
     "u-shaped with nan": ([math.nan if i % 5 == 1 else loss for i, loss in enumerate(U_SHAPED)], 180),
     "nan": ([math.nan] * 50, None),
@@ -60,7 +60,9 @@ def test_alarms_on_curves(name):
 @pytest.mark.parametrize("unit", [1e-6, 1e6])
 def test_units_and_offsets_play_no_part(unit):
     losses = noisy(U_SHAPED, 0.1)
-    assert alarm([unit * (loss - 7) for loss in losses]) == alarm(losses)
+    for training in (1.0, 2.25):
+        in_units = alarm([unit * (loss - 7) for loss in losses], training=unit * (training - 7))
+        assert in_units == alarm(losses, training=training)
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, 100), (2, 100), (10, 140), (1000, 14_000)])
@@ -68,20 +70,19 @@ def test_neither_few_losses_nor_few_steps_give_the_alarm(every, expected):
     assert alarm([3.0, 2.0, 1.0, *[2.0] * 200], every) == expected
 
 
-def test_a_rise_counts_by_its_median_and_its_share_of_the_fall():
+@pytest.mark.parametrize(("share", "expected"), [(0.11, 260), (0.09, 600), (-0.5, 600), (math.nan, 600)])
+def test_training_counts_by_how_far_it_is_below_the_lowest(share, expected):
     fall = [5.0, 4.0, 3.0, 2.0, 1.0] + [1.0 - 0.01 * i for i in range(15)]  # the lowest is .86, after 200
-    for rise, expected in ((0.24, None), (0.26, 270)):
-        level = 0.86 + rise * (5 - 0.86)
-        assert alarm([*fall, *[level] * 19]) == expected
-    assert alarm([*fall, *[0.9, 9.0, 0.9] * 6]) is None  # a third of them are spikes
+    assert alarm([*fall, *[0.9] * 60], training=0.86 - share * (5 - 0.86)) == expected
+    assert alarm([*fall, *[0.9, 9.0, 0.9] * 20], training=0.86 - share * (5 - 0.86)) == expected
 
 
 def test_a_second_loss_of_a_step_is_left_out():
     held_back = HeldBack()
     for step in range(1, 30):
-        held_back.add(step, 1 / step)
+        held_back.add(step, 1 / step, 0.0)
         before = held_back.state()
-        assert not held_back.add(step, 7.0)
+        assert not held_back.add(step, 7.0, 0.0)
         assert held_back.state() == before
 
 
@@ -89,7 +90,7 @@ def test_a_straight_line_leads_to_zero():
     held_back = HeldBack()
     assert (held_back.end, held_back.left(99)) == (None, 1.0)
     for step in range(10, 150, 10):
-        held_back.add(step, max(1.0, 4 - step / 10))
+        held_back.add(step, max(1.0, 4 - step / 10), 0.0)
     assert (held_back.began, held_back.end) == (140, 210)
     assert [held_back.left(step) for step in (100, 140, 175, 203, 210, 400)] == pytest.approx(
         [1, 1, 0.5, 0.1, 0, 0]
@@ -131,7 +132,7 @@ def test_it_anneals_from_the_alarm(options, caplog):
     training = start(**options)
     scheduler = training[2]
     assert run(*training, range(160)) == without  # nothing is changed until the alarm
-    message = "lowest 1.5 after step 110): the learning rate is annealed from step 160 to its end at step 240"
+    message = "lowest 2.25 after step 120): the learning rate is annealed from step 160 to its end at step 240"
     assert [record for record in caplog.records if message in record.message]
     seen = run(*training, range(160, 239))
     assert seen == pytest.approx([without[-1] * (80 - i) / 80 for i in range(1, 80)], rel=1e-6)

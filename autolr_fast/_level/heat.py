@@ -78,6 +78,11 @@ class Heat:
         return _DOUBLING * (self._means[0] - self._means[1])
 
     @property
+    def recent_loss(self) -> Tensor:
+        """The mean loss of late, 0-dim; not a number before the first."""
+        return self._means[-1]
+
+    @property
     def is_limited(self) -> bool:
         """Whether there is a limit."""
         return math.isfinite(self.limit)
@@ -93,7 +98,7 @@ class Heat:
         loss = loss.to(self._means)
         means = torch.where(self._means.isnan(), loss, self._means + share * (loss - self._means))
         self._means = torch.where(loss.isfinite(), means, self._means)
-        recent = self._means[1]
+        recent = self.recent_loss
         self._is_lowest = recent <= self._lowest
         self._lowest = torch.where(self._is_lowest, recent, self._lowest)
         self._most = torch.maximum(self._most, self.gain.nan_to_num(0.0))
