@@ -340,14 +340,14 @@ class AutoLR(LRScheduler):
         self._apply()
 
     def watch(self, loss: float | Tensor) -> None:
-        """See the loss on examples held back from training: once it has stopped falling, annealing begins.
+        """See the loss on examples held back: once it has stopped falling, annealing begins.
 
-        The loss has stopped falling if the training loss is clearly below its lowest, and there was no new low for a
-        fifth of the steps done; or for two thirds of them. Then the learning rate falls in a straight line to zero,
-        in half as many steps as were trained until then, or by ``anneal`` where that is lower, and probes end. A log
-        line of ``"autolr_fast"`` says so. It is for examples with wrong labels, trainings that are too long, and
-        trainings of no known length. Call it after :meth:`step`, as often as you evaluate: every hundredth of the
-        training, say.
+        The loss has stopped falling if the training loss is clearly below its lowest, and there was no new low for
+        a fifth of the steps done; or for two thirds of them. Then the learning rate falls in a straight line to
+        zero, in half as many steps as were trained until then, or by ``anneal`` where that is lower. Probes end. A
+        log line of ``"autolr_fast"`` says so. It is for examples with wrong labels, trainings that are too long,
+        and trainings of no known length. Call it after :meth:`step`, as often as you evaluate: every hundredth of
+        the training, say.
 
         Args:
             loss: the mean of the training's loss function over the same examples each time, in eval mode and
