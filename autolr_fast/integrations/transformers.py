@@ -34,7 +34,7 @@ def attach(trainer: Any, **options: Any) -> None:
     Example:
         >>> from transformers import Trainer, TrainingArguments  # doctest: +SKIP
         >>> trainer = Trainer(model, TrainingArguments("out"), train_dataset=train_set)  # doctest: +SKIP
-        >>> attach(trainer, max_heat=0.3)  # doctest: +SKIP
+        >>> attach(trainer, max_heat=0.2)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
     kind = type(trainer)
@@ -66,7 +66,7 @@ class AutoLRMixin:
     Example:
         >>> from transformers import Trainer  # doctest: +SKIP
         >>> class MyTrainer(AutoLRMixin, Trainer):  # doctest: +SKIP
-        ...     autolr_options = {"max_heat": 0.3}
+        ...     autolr_options = {"max_heat": 0.2}
     """
 
     autolr_options: Mapping[str, Any] = {}
