@@ -225,7 +225,7 @@ def test_the_example_runs(capsys):
 def at_rank(rank, directory):
     """Train with the loop, then with Accelerate's wrapper, which calls step once a process."""
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
-    os.environ |= {"WORLD_SIZE": f"{RANKS}", "LOCAL_WORLD_SIZE": f"{RANKS}"}
+    os.environ |= {"WORLD_SIZE": f"{RANKS}", "LOCAL_WORLD_SIZE": f"{RANKS}", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)

@@ -47,6 +47,7 @@ def worker(rank, directory):
     warnings.simplefilter("ignore", DeprecationWarning)
     of_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "localhost"}
     os.environ.update({name: str(value) for name, value in of_torchrun.items()})
+    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate warns where torchrun would set it
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
     found = {case: run(f"{directory}/{case}", case, RANKS) for case in CASES}
     checkpoint = f"{directory}/plain/checkpoint-{SAVED['save_steps']}"
