@@ -40,6 +40,12 @@ def complete(
     """
     if not isinstance(state, dict):
         raise TypeError(f"state_dict={state!r}: pass what {owner}.state_dict() returned")
+    if "version" not in state or "saved_by" not in state:
+        raise ValueError(
+            f"state_dict is none of {owner}, but of something else, such as another scheduler (it has "
+            f"{', '.join(map(repr, list(state)[:3])) or 'nothing'}): load the states of model and optimizer alone, "
+            f"and begin with a new {owner}"
+        )
     saved_by = f"{state.get('saved_by', 'something else')}, version {state.get('version', 'unknown')}"
     if state.get("version") in range(since):
         raise ValueError(

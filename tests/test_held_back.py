@@ -39,8 +39,8 @@ CURVES = {
     "falling": (FALLING, None),
     "noisy falling": (noisy(FALLING, 0.01), None),
     "falling with spikes": (SPIKES, None),
-    "rising": ([1 + 0.1 * i for i in range(50)], None),  # no fall that could have ended
-    "flat from the start": ([1.0] * 50, None),
+    "rising": ([1 + 0.1 * i for i in range(50)], 120),  # lowest at 10, and training is below
+    "flat from the start": ([1.0] * 50, 120),
     "falls, then flat": ([3.0, 2.0, *[1.0] * 60], 120),  # a fifth of the steps were at 40 already
     "falls for long, then flat": (FALLING[:40] + [FALLING[39]] * 60, 510),  # no new low since 400
     "u-shaped": (U_SHAPED, 160),  # four losses since 120
@@ -55,6 +55,11 @@ CURVES = {
 def test_alarms_on_curves(name):
     losses, expected = CURVES[name]
     assert alarm(losses) == expected
+
+
+@pytest.mark.parametrize(("training", "expected"), [(0.9, 120), (1.0, None), (math.nan, None)])
+def test_losses_that_never_fall_end_a_training_that_learns_more(training, expected):
+    assert alarm([1.0, *[1.5] * 200], training=training) == expected
 
 
 @pytest.mark.parametrize("unit", [1e-6, 1e6])

@@ -456,9 +456,10 @@ def test_the_validation_loss_can_end_the_training():
             self.log("val_loss", 6.0 + abs(6.0 - self.current_epoch))
 
         def on_validation_epoch_end(self):
-            if not self.trainer.sanity_checking:
+            if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
                 self.lr_schedulers().watch(self.trainer.callback_metrics["val_loss"])
-                self.trainer.should_stop = self.lr_schedulers().has_ended
+                if self.lr_schedulers().has_ended:
+                    self.trainer.should_stop = True
 
         def val_dataloader(self):
             return loader(96)
@@ -509,7 +510,6 @@ class ByHand(Net):
 
 REFUSED = {
     "a scheduler": (WithScheduler, [], "has CosineAnnealingLR.*return the optimizer alone"),
-    "two callbacks": (Net, [AutoLRCallback()], "has AutoLR, .*give one AutoLRCallback"),
     "manual optimization": (
         ByHand,
         [],
@@ -529,6 +529,11 @@ def test_refuses(case):
     kind, callbacks, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         fit(kind(), AutoLRCallback(), *callbacks)
+
+
+def test_two_callbacks_are_refused_by_lightning():
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `AutoLRCallback`"):
+        fit(Net(), AutoLRCallback(), AutoLRCallback())
 
 
 def test_refuses_a_strategy_that_accumulates_by_itself():

@@ -666,7 +666,9 @@ def test_load_state_dict_refuses_what_is_not_its_own():
             {**before, "snapshots": {**before["snapshots"], "windows": [(0, [torch.ones(2)], [])]}}
         )
     assert str(scheduler.state_dict()) == str(before)
-    with pytest.raises(ValueError, match=r"saved by something else, version unknown, and this is autolr_fast"):
+    with pytest.raises(
+        ValueError, match=r"none of AutoLR, but of something else, .*it has 'lr'.*load the states of model"
+    ):
         scheduler.load_state_dict({"lr": 1})
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
     other = AutoLR(torch.optim.SGD(groups, lr=0.1), model)

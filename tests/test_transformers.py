@@ -313,17 +313,36 @@ class Held(TrainerCallback):
     """What docs/transformers.md has of held-back examples."""
 
     def on_evaluate(self, args, state, control, metrics, lr_scheduler, **kwargs):
-        lr_scheduler.watch(metrics["eval_loss"])
-        control.should_training_stop = lr_scheduler.has_ended
+        if lr_scheduler and state.global_step:  # there is none in trainer.evaluate() before trainer.train()
+            lr_scheduler.watch(metrics["eval_loss"])
+            if lr_scheduler.has_ended:
+                control.should_training_stop = True
 
 
 def test_a_callback_watches_examples_held_back(tmp_path):
     args = arguments(tmp_path, max_steps=400, eval_strategy="steps", eval_steps=2, logging_steps=50)
     random = [{"input_ids": row["input_ids"], "labels": row["input_ids"].flip(0)} for row in examples(8)]
     trainer = Trainer(gpt2(), args, train_dataset=examples(), eval_dataset=random, callbacks=[Held()])
+    trainer.evaluate()
     trained(trainer, {})
     assert trainer.lr_scheduler.has_ended
     assert trainer.state.global_step < 400
+
+
+def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, save_only_model=True)
+    trained(Trainer(gpt2(), args, train_dataset=examples()), {})
+    again = Trainer(gpt2(), args, train_dataset=examples())
+    attach(again)
+    with pytest.raises(ValueError, match="goes on at step 2, and the checkpoint has no state of AutoLR"):
+        again.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-2")
+
+
+def test_a_mixin_that_comes_last_is_refused():
+    with pytest.raises(TypeError, match=r"write class Late\(AutoLRMixin, Trainer\)"):
+
+        class Late(Trainer, AutoLRMixin):
+            pass
 
 
 class Mixed(AutoLRMixin, Telling):
@@ -410,7 +429,9 @@ def test_a_checkpoint_of_another_scheduler_is_refused(tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=4)
     trained(Trainer(gpt2(), args, train_dataset=examples()))
     trainer = Trainer(gpt2(), args, train_dataset=examples())
-    with pytest.raises(ValueError, match="state_dict has no .*: it was saved by something else"):
+    with pytest.raises(
+        ValueError, match="state_dict is none of AutoLR, but of something else, such as another scheduler"
+    ):
         trained(trainer, {}, resume_from_checkpoint=f"{tmp_path}/checkpoint-4")
 
 

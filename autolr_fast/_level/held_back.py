@@ -23,8 +23,8 @@ class HeldBack:
     They have stopped if there is no new low for a fifth of the steps done, and the training loss is below the
     lowest by a tenth of the fall from the first: training goes on to learn what these examples do not know. They
     have stopped too if there is no new low for two thirds of the steps. From then on a straight line leads to
-    zero, half as long as the training until then. Losses that are not finite say nothing, nor do any that are never
-    below the first.
+    zero, half as long as the training until then. Losses that never were below the first wait for two thirds too,
+    and stop if the training loss is below them. Losses that are not finite say nothing.
 
     Attributes:
         began: optimizer steps done at the alarm; ``None`` before.
@@ -83,10 +83,11 @@ class HeldBack:
 
     def _has_stopped(self, training: float) -> bool:
         fallen = self._first - self._lowest
-        if self._seen < _FEWEST or self._step < _EARLIEST or self._since < _SINCE or fallen <= 0:
+        if self._seen < _FEWEST or self._step < _EARLIEST or self._since < _SINCE:
             return False
         is_below = self._lowest - training > _GAP * fallen
-        return 1 - self._lowest_step / self._step >= (_SETTLED if is_below else _PATIENCE)
+        has_settled = 1 - self._lowest_step / self._step >= (_SETTLED if is_below and fallen > 0 else _PATIENCE)
+        return has_settled and (is_below or fallen > 0)
 
     def __str__(self) -> str:
         return f"lowest {self._lowest:.6g} after step {self._lowest_step}"

@@ -23,14 +23,16 @@ class Kept:
         but: names of attributes whose containers are not looked into, such as a data set.
 
     Example:
+        >>> from collections import Counter
         >>> from types import SimpleNamespace
-        >>> trainer = SimpleNamespace(tokens=3, metrics={"loss": [1.0]})
+        >>> trainer = SimpleNamespace(tokens=3, metrics={"loss": [1.0]}, seen=Counter(a=1))
         >>> kept = Kept(trainer)
         >>> trainer.tokens += 3
         >>> trainer.metrics["loss"].append(2.0)
+        >>> trainer.seen["a"] += 1
         >>> kept.restore()
         >>> trainer
-        namespace(tokens=3, metrics={'loss': [1.0]})
+        namespace(tokens=3, metrics={'loss': [1.0]}, seen=Counter({'a': 1}))
     """
 
     def __init__(self, *objects: object, but: Collection[str] = ()):
@@ -50,7 +52,7 @@ class Kept:
             elif isinstance(live, dict):
                 for name in live.keys() - saved.keys():
                     del live[name]
-                live.update(saved)
+                dict.update(live, saved)  # a Counter's own adds
             elif isinstance(live, set):
                 live.intersection_update(saved)
                 live.update(saved)

@@ -70,6 +70,10 @@ class AutoLRCallback(Callback):  # type: ignore[misc]
         vars(strategy)["training_step"] = _seen(self.scheduler, pl_module, strategy.training_step)
         vars(strategy)["optimizer_step"] = _gradients_first(strategy.optimizer_step)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return something, so that Lightning warns if a checkpoint is gone on from without the callback."""
+        return {"steps": self.scheduler.last_epoch if self.scheduler else 0}
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to go on from a checkpoint that AutoLR was no part of."""
         if trainer.ckpt_path and trainer.global_step and self.scheduler and not self.scheduler.last_epoch:
@@ -96,7 +100,7 @@ def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         names = " and ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
         raise ValueError(
             f"the trainer has {names}, and AutoLRCallback sets the rate alone, without a warm-up: return the "
-            "optimizer alone from configure_optimizers, and give one AutoLRCallback"
+            "optimizer alone from configure_optimizers"
         )
     if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError(

@@ -72,6 +72,17 @@ class AutoLRMixin:
     autolr_options: Mapping[str, Any] = {}
 
     _is_probing = False
+    _autolr_is_new = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class where a Trainer comes first: its own scheduler would train."""
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[1 : cls.__mro__.index(AutoLRMixin)]
+        if late := next((each for each in before if each.__module__.startswith(("transformers.", "trl."))), None):
+            raise TypeError(
+                f"{cls.__name__} has {late.__name__} before AutoLRMixin, whose scheduler would not be used: write "
+                f"class {cls.__name__}(AutoLRMixin, {late.__name__})"
+            )
 
     if TYPE_CHECKING:  # all else is the Trainer's
 
@@ -98,10 +109,14 @@ class AutoLRMixin:
         scheduler = AutoLR(given, self.model, total_steps=num_training_steps, **options)
         self.lr_scheduler: Any = scheduler
         self._created_lr_scheduler = True  # the Trainer's own mark: its next training makes a new one
+        self._autolr_is_new = True
         return scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Do what the trainer does, with the loss that it computes going through AutoLR."""
+        if self._autolr_is_new:
+            self._autolr_is_new = False
+            self._autolr_check_resumed()
         compute_loss = self.compute_loss
         own = {name: value for name, value in vars(self).items() if name == "compute_loss"}
 
@@ -135,6 +150,14 @@ class AutoLRMixin:
         if isinstance(self.lr_scheduler, AutoLR):
             self.lr_scheduler.share_losses()
         super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _autolr_check_resumed(self) -> None:
+        """Raise a ValueError if training goes on from a checkpoint without a state of AutoLR."""
+        if self.state.global_step and not self.lr_scheduler.last_epoch:
+            raise ValueError(
+                f"resume_from_checkpoint goes on at step {self.state.global_step}, and the checkpoint has no state "
+                "of AutoLR: save checkpoints without save_only_model, or load the model alone and train anew"
+            )
 
     def _autolr_loss(
         self, compute_loss: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
@@ -203,7 +226,7 @@ def _loss_of(returned: Any) -> Tensor:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raise a TypeError for options that AutoLR does not take."""
-    known = list(inspect.signature(AutoLR).parameters)[2:]
+    known = [name for name in list(inspect.signature(AutoLR).parameters)[2:] if name != "total_steps"]
     for name in options:
         if name == "total_steps":
             raise TypeError(
