@@ -146,8 +146,9 @@ def test_it_anneals_from_the_alarm(options, caplog):
     run(*training, [239])
     assert scheduler.has_ended
     assert scheduler.get_last_lr() == [1e-12]
+    run(*training, range(240, 250))  # until the next evaluation
     with pytest.warns(UserWarning, match="past step 240, .* stop when scheduler.has_ended"):
-        run(*training, [240])
+        run(*training, [250])
 
 
 def test_the_annealing_asked_for_is_never_exceeded():

@@ -72,7 +72,7 @@ def test_the_end_runs_as_it_stands():
             scope["scheduler"].step()
 
     def validation_loss():
-        seen.append(abs(len(seen) - 10) / 10)
+        seen.append(2 + abs(len(seen) - 10) / 10)
         return seen[-1]
 
     scope = {"AutoLR": AutoLR, "model": model, "optimizer": optimizer}

@@ -28,6 +28,7 @@ class HeldBack:
 
     Attributes:
         began: optimizer steps done at the alarm; ``None`` before.
+        interval: optimizer steps between the last two losses.
 
     Example:
         >>> held_back = HeldBack()
@@ -40,6 +41,7 @@ class HeldBack:
 
     def __init__(self) -> None:
         self.began: int | None = None
+        self.interval = 0
         self._step = 0  # of the last loss
         self._seen = 0
         self._first = math.inf
@@ -68,6 +70,7 @@ class HeldBack:
         """
         if self.began is not None or step <= self._step or not math.isfinite(loss):
             return False
+        self.interval = step - self._step
         self._step = step
         self._seen += 1
         if self._seen == 1:
@@ -96,6 +99,7 @@ class HeldBack:
         """Return what :meth:`load` takes: plain values."""
         return {
             "began": self.began,
+            "interval": self.interval,
             "step": self._step,
             "seen": self._seen,
             "first": self._first,
@@ -106,6 +110,7 @@ class HeldBack:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` returned."""
-        self.began, self._step, self._seen = state["began"], state["step"], state["seen"]
+        self.began, self.interval = state["began"], state["interval"]
+        self._step, self._seen = state["step"], state["seen"]
         self._first, self._lowest, self._lowest_step = state["first"], state["lowest"], state["lowest_step"]
         self._since = state["since"]

@@ -217,8 +217,12 @@ class Level:
 
     def overrun(self, step: int) -> str:
         """Return what to tell the user if ``step`` is past the end of annealing."""
-        end = self.held_back.end
-        if end is not None and step > end and (self.total_steps is None or end < self.total_steps):
+        end = self.held_back.end  # which a loop may see at its next evaluation alone
+        if (
+            end is not None
+            and step > end + self.held_back.interval
+            and (self.total_steps is None or end < self.total_steps)
+        ):
             return (
                 f"training goes on past step {end}, where the annealing that scheduler.watch began has ended and "
                 "the learning rate is at its lowest: stop when scheduler.has_ended"
