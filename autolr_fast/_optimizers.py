@@ -99,6 +99,13 @@ class Optimizers:
             )
         self._places = loaded
 
+    def is_making_states(self) -> bool:
+        """Whether rates and gradients are 0, as where ``torch.distributed.checkpoint`` steps to make states."""
+        if any(float(group["lr"]) for group in self.param_groups):
+            return False
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return bool(gradients) and not any(bool(each.detach().any()) for each in gradients)
+
     def names(self) -> list[str]:
         """Return the names of their classes."""
         return [type(optimizer).__name__ for optimizer in self._all]

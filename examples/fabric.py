@@ -1,7 +1,6 @@
 """Lightning Fabric: AutoLR in a plain loop, as ever: ``python -m examples.fabric``."""
 
 import torch
-import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -11,7 +10,6 @@ from autolr_fast.demo import load_digits, network
 
 def main(epochs=6):
     """Train on scikit-learn's digits, and print how well it went."""
-    torch.manual_seed(0)
     train, _, (test_x, test_y) = load_digits(seed=0)
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     model = network()
@@ -21,7 +19,7 @@ def main(epochs=6):
     for _ in range(epochs):
         for x, y in loader:
             optimizer.zero_grad()
-            fabric.backward(scheduler.loss(lambda: F.cross_entropy(model(x), y)))
+            fabric.backward(scheduler.loss(lambda: torch.nn.functional.cross_entropy(model(x), y)))
             optimizer.step()
             scheduler.step()
     correct = model.eval()(test_x).argmax(1).eq(test_y).double().mean().item()

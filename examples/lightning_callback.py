@@ -2,7 +2,6 @@
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 from autolr_fast.demo import load_digits, network
 from autolr_fast.integrations.lightning import AutoLRCallback
@@ -18,12 +17,11 @@ class Classifier(pl.LightningModule):  # noqa: D101
 
 def main():
     """Train on scikit-learn's digits, and print how well it went."""
-    torch.manual_seed(0)
     train, _, (x, y) = load_digits(seed=0)
     module, callback = Classifier(), AutoLRCallback()
     module.network = network()
-    trainer = pl.Trainer(max_epochs=6, callbacks=[callback], logger=False, enable_checkpointing=False)
-    trainer.fit(module, DataLoader(TensorDataset(*train), batch_size=64, shuffle=True))
+    loader = torch.utils.data.DataLoader(list(zip(*train, strict=True)), batch_size=64, shuffle=True)
+    pl.Trainer(max_epochs=6, callbacks=[callback], logger=False, enable_checkpointing=False).fit(module, loader)
     correct = module.eval().network(x).argmax(1).eq(y).double().mean().item()
     print(f"level {callback.scheduler.level[0]:.3g}, test accuracy {correct:.1%}")
 

@@ -188,8 +188,8 @@ class Level:
             for index, (group, (written, version)) in enumerate(known)
             if (rate := group["lr"]) is not written or (isinstance(rate, Tensor) and rate._version != version)
         ]
-        if changed and not any(float(group["lr"]) for group in self._optimizers.param_groups):
-            return ""  # torch.distributed.checkpoint steps at 0 to have a state to load into
+        if changed and self._optimizers.is_making_states():
+            return ""
         messages = [self._put_back(index, self._optimizers.param_groups[index]) for index in changed]
         return next(filter(None, reversed(messages)), "")
 
