@@ -685,7 +685,7 @@ class AutoLR(LRScheduler):
         except ValueError:
             self._optimizers.load_places(own["groups"])
             raise
-        self._warn_once(self._snapshots.load(state["snapshots"], state["state_weights"]))
+        lacking = self._snapshots.load(state["snapshots"], state["state_weights"])
         self._counter.go_on_from(state["snapshots"]["steps"])
         self._hooks.load(state["hooks"])
         self._losses.load(state["losses"])
@@ -702,6 +702,7 @@ class AutoLR(LRScheduler):
         self._step_count = self.last_epoch + 1
         self._tracker.load(state["tracker"], self.last_epoch)
         self._apply()
+        self._warn_once(lacking)  # last: a warning may be an error
 
     def __reduce__(self) -> Any:
         """Refuse to be copied or pickled: a copy would not hear of the optimizer's steps."""

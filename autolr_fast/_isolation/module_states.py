@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._ops.copies import Copies
 
-__all__ = ["ModuleStates", "tensors_of"]
+__all__ = ["ModuleStates", "cut", "put_back", "tensors_of"]
 
 _LONG = 1000  # entries, beyond which a container of plain values is not looked into
 
@@ -53,12 +53,9 @@ class ModuleStates:
         """Put them back."""
         if not self._hold_the_same():
             for live, saved in zip(self._containers, self._copies, strict=True):
-                if not _holds_the_same(live, saved):
-                    live.clear()
-                    live.extend(saved) if isinstance(live, (list, deque)) else live.update(saved)
+                put_back(live, saved)
         for long, length in self._long:
-            if len(long) > length:
-                _cut(long, length)
+            cut(long, length)
         for parameter, flag, address, data in self._parameters:
             if parameter.data_ptr() != address:
                 parameter.data = data
@@ -145,8 +142,15 @@ class _Content:
                 self._collect(inside, depth - 1)
 
 
-def _cut(grown: Any, length: int) -> None:
-    """Remove what was added to a container last."""
+def put_back(live: Any, saved: Any) -> None:
+    """Fill a container with what its copy holds, if it holds anything else."""
+    if not _holds_the_same(live, saved):
+        live.clear()
+        live.extend(saved) if isinstance(live, (list, deque)) else live.update(saved)
+
+
+def cut(grown: Any, length: int) -> None:
+    """Remove what was added last to a list, dict or deque that had so many entries."""
     if isinstance(grown, list):
         del grown[length:]
     elif isinstance(grown, dict):

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Collection
 from typing import Any
 
+from .._isolation.module_states import cut, put_back
+
 __all__ = ["Kept"]
 
 _LONG = 1000  # entries
@@ -47,18 +49,9 @@ class Kept:
         """Put all back."""
         for live, saved in self._kept:
             if isinstance(saved, int):
-                while len(live) > saved:
-                    live.pop()
-            elif isinstance(live, dict):
-                for name in live.keys() - saved.keys():
-                    del live[name]
-                dict.update(live, saved)  # a Counter's own adds
-            elif isinstance(live, set):
-                live.intersection_update(saved)
-                live.update(saved)
+                cut(live, saved)
             else:
-                live.clear()
-                live.extend(saved)
+                put_back(live, saved)
 
     def _inside(self, values: Collection[Any], depth: int) -> None:
         for value in values:
