@@ -153,6 +153,12 @@ def sgd(model, lr=0.1, **kwargs):
     return torch.optim.SGD(model.parameters(), lr=lr, **kwargs)
 
 
+def of_each_rank(worker, directory, *more, ranks=2):
+    """What each of the processes saved as ``result{rank}.pt`` in a directory."""
+    torch.multiprocessing.spawn(worker, (str(directory), *more), nprocs=ranks)
+    return [torch.load(directory / f"result{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
 def train_step(model, optimizer, loss_of):
     optimizer.zero_grad()
     loss_of(model).backward()

@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -14,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from autolr_fast import AutoLR, Rule
 from autolr_fast._machine.ranks import mean_over_ranks
 
-from .helpers import assert_same, convnet, everything, mlp, sgd, train_step
+from .helpers import assert_same, convnet, everything, mlp, of_each_rank, sgd, train_step
 
 RANKS = 2
 STEPS = 8
@@ -107,7 +106,7 @@ def worker(rank, directory, cases):
     results.append(shared(rank))
     results.append([sharded(rank, evaluator) for evaluator in (None, "inplace", "auto")])
     results.append(mean_over_ranks(torch.tensor([1.0 + rank, 10.0 * rank]), None))
-    torch.save(results, f"{directory}/{rank}.pt")
+    torch.save(results, f"{directory}/result{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -122,9 +121,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (str(directory), CASES), nprocs=RANKS)
-    return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return of_each_rank(worker, tmp_path_factory.mktemp("ranks"), CASES)
 
 
 def test_mean_by_hand(results):

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -17,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autolr_fast import AutoLR
 
-from .helpers import mlp
+from .helpers import mlp, of_each_rank
 
 RANKS, STEPS = 2, 34
 EARLY, LATE = 3, 25  # steps after which training is interrupted: in calibration, and in the window of a later probe
@@ -141,9 +140,7 @@ def worker(rank, directory):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (str(directory),), nprocs=RANKS)
-    return [torch.load(directory / f"result{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return of_each_rank(worker, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(("wrap", "way", "at"), CASES)

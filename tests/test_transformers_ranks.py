@@ -6,13 +6,13 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from transformers import Trainer
 
+from .helpers import of_each_rank
 from .test_transformers import SEARCHING, arguments, examples, gpt2, levels, logged, trained
 
 RANKS = 2
@@ -52,15 +52,13 @@ def worker(rank, directory):
     found = {case: run(f"{directory}/{case}", case, RANKS) for case in CASES}
     checkpoint = f"{directory}/plain/checkpoint-{SAVED['save_steps']}"
     found["resumed"] = run(f"{directory}/again", "plain", RANKS, resume_from_checkpoint=checkpoint)
-    torch.save(found, f"{directory}/{rank}.pt")
+    torch.save(found, f"{directory}/result{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (str(directory),), nprocs=RANKS)
-    return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return of_each_rank(worker, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)
