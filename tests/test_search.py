@@ -33,27 +33,27 @@ def found_of(loss_of, precision=1e-12, **options):
 @pytest.mark.parametrize("unit", [1e-6, 0.3, 1.0, 40.0, 1e5])
 @pytest.mark.parametrize("length", [1e-4, 3e-3, 0.02, 0.12])
 def test_search_finds_where_the_loss_is_lowest(length, unit, at_once):
-    """A parabola is met exactly, wherever its minimum is and however long the step was."""
+    """The minimum of a parabola is met within a fifth, wherever it is and however long the step was."""
     best = length * unit
     found, asked = found_of(lambda ratio: (ratio / best - 1) ** 2, unit=unit, at_once=at_once)
-    assert found.ratio == found.taken == pytest.approx(best, rel=1e-6)
-    assert found.cost == pytest.approx(0, abs=1e-9)
+    assert found.ratio == found.taken == pytest.approx(best, rel=0.2)
+    assert found.cost == pytest.approx(0, abs=0.04)
     assert not found.why_not
-    assert len(asked) == found.rounds <= 11
-    assert sum(map(len, asked)) <= 20
+    assert len(asked) == found.rounds <= 8
+    assert sum(map(len, asked)) <= 15
     assert len(found.factors) == len(found.losses) == len({ratio for some in asked for ratio in some})
 
 
 def test_what_is_looked_at_does_not_depend_on_the_step_that_was_taken():
     scans = []
     for unit in (1e-4, 1.0, 1e5):
-        _, asked = found_of(lambda ratio, unit=unit: (ratio / unit - 0.1) ** 2, unit=unit)
+        _, asked = found_of(lambda ratio, unit=unit: (ratio / unit - 0.05) ** 2, unit=unit)
         scans.append([ratio / unit for some in asked for ratio in some])
     assert scans[0] == pytest.approx(scans[1])
     assert scans[0] == pytest.approx(scans[2])
-    assert len(scans[0]) == 20
-    assert scans[0][1] < 2e-7
-    assert max(scans[0]) == 8
+    assert len(scans[0]) == 9
+    assert sorted(scans[0])[1] < 2e-7
+    assert max(scans[0]) == 1 / 8
 
 
 @pytest.mark.parametrize("power", [-5, 0, 3, 9])
@@ -119,7 +119,7 @@ def test_the_nearest_deep_minimum_is_taken(depth):
         return 3 - near - far
 
     found, _ = found_of(loss_of)
-    assert found.ratio == pytest.approx(3e-3 if depth > 0.5 else 1, rel=0.1)
+    assert found.ratio == pytest.approx(3e-3 if depth > 0.5 else 1, rel=0.3)
 
 
 @pytest.mark.parametrize("bend", [0.3, 0.8, 1.0, 1.2, 2.0, 3.0])
@@ -166,7 +166,7 @@ def test_a_loss_that_was_not_finite_before_the_step_says_nothing(began):
     found, asked = found_of(lambda ratio: 1.0 if ratio else began)
     assert "before the step" in found.why_not
     assert found.taken == 1.0
-    assert sum(map(len, asked)) == 16
+    assert sum(map(len, asked)) == 3
 
 
 @pytest.mark.parametrize("noise", [1e-6, 1e-4, 3e-3])
@@ -250,7 +250,7 @@ def test_steps_after_which_the_loss_is_four_times_as_high_had_better_been_shorte
         return
     assert found.taken == found.ratio == pytest.approx(best)
     assert found.cost < 1.1
-    assert looked == 12
+    assert looked == 10
 
 
 def test_a_negative_loss_blows_up_by_its_size():

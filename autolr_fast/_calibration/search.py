@@ -9,22 +9,26 @@ from typing import NamedTuple
 
 from .._evaluators.prober import Look
 
-__all__ = ["Found", "LookAt", "has_risen", "search", "search_again"]
+__all__ = ["Found", "LookAt", "has_blown_up", "has_risen", "search", "search_again"]
 
 LookAt = Callable[[Sequence[float]], Look]
 """From ratios to the step that was taken to what these candidates say."""
 
 _STRIDE = 4.0  # from one ratio of the scan to the next
-_SCANNED = range(-10, 4)  # powers of it, times the longest: eight decades
+_SHORTEST = -10  # power of it, times the longest: six decades below
+_LONGER = 3  # powers up, up to which it is looked for a step that can be seen
 _FURTHEST = 12  # power up to which the scan goes on while the loss still falls
-_UNSEEN = 3  # of the shortest steps: what they change the loss by is noise
+_PROPORTIONAL = (0.15, 0.4)  # of a step's fall, that one as long as a quarter has: there is no minimum below these
+_UNSEEN = range(_SHORTEST, _SHORTEST + 3)  # powers of steps so short that what they change the loss by is noise
 _CLEAR = 3.0  # times that noise is a fall, and
 _LEAST = 1e-5  # of the loss
+_PLAIN = 10.0  # times as much is one whatever the noise of other short steps
 _LONGEST = 0.125  # of the parameters' length: networks want first steps of 0.01 to 0.2, and longer ones forget
 _DEEP = 0.5  # of the deepest fall up to there: a nearer minimum that is as deep is preferred
 _LEVEL = 1.1  # times the fall so far, that a step four times as long has to reach: else the loss has levelled off
 _NEARLY = 0.995  # of the deepest fall: a shorter step that wins as much is preferred
-_WIDTHS = (2.0, 2.0**0.5)  # how far around the best is looked then
+_WIDTH = 2.0  # how far around the best is looked then
+_KNOWN = 1.2  # times the best: a minimum that is nearer is not looked at, as the probes to come find it
 _BLOWN_UP = 4  # times as high a loss as the lowest of earlier steps, while
 _SHARE = 0.5  # of its size is the least by which such steps raise that of their batch: several do it together
 _SHORTENED = range(-5, 0)  # powers of the stride, of steps that are taken again
@@ -55,12 +59,12 @@ class Found(NamedTuple):
 
 
 def search(look: LookAt, at_once: int, step: float, begin: float, highest: float = math.inf) -> Found:
-    """Scan all lengths that a step may have, and look closer at the nearest deep minimum.
+    """Scan the lengths that a step may have, from the longest down, and look closer at the nearest deep minimum.
 
-    The scan begins where steps are too short to be seen, and ends where they are eight times as long as the
-    parameters themselves: where it looks does not depend on the step that was taken. A loss that levels off counts
-    as one that rises. A loss that falls for as far as is looked has no minimum. No step is longer than an eighth of
-    the parameters; of several minima up to there, the nearest one is taken that is half as deep as the deepest.
+    The longest step is an eighth of the parameters. The scan ends where the loss falls in proportion to the step:
+    shorter ones hold no minimum. Where it looks does not depend on the step that was taken. Longer steps are looked
+    at while the loss still falls; one that falls for as far as is looked has no minimum. A loss that levels off
+    counts as one that rises. Of several minima the nearest one is taken that is half as deep as the deepest.
 
     Args:
         look: from ratios to what these candidates say; 0 is where the step began.
@@ -76,12 +80,15 @@ def search(look: LookAt, at_once: int, step: float, begin: float, highest: float
         ...     return Look(ratios, losses, costs=losses, precision=1e-7)
         >>> found = search(look, at_once=2, step=1e-5, begin=1.0)
         >>> round(found.ratio), found.rounds
-        (8000, 11)
+        (8000, 5)
     """
     scan = _Scan(look, at_once)
     has_length = 0 < step < math.inf
     unit = _LONGEST * (begin or 1.0) / step if has_length else 1.0
-    scan.at([0.0, *(unit * _STRIDE**power for power in _SCANNED)] if has_length else [0.0, 1.0])
+    if has_length:
+        scan.descend(unit)
+    else:
+        scan.at([0.0, 1.0])
     if has_length and math.isfinite(scan.began):
         scan.widen(unit)
     longest = unit if begin and has_length else math.inf
@@ -94,7 +101,7 @@ def search(look: LookAt, at_once: int, step: float, begin: float, highest: float
         why_not = _FLAT
     elif is_endless:
         why_not = _ENDLESS
-    elif not scan.fall(best) > scan.noise():
+    elif not (scan.is_plain(best) or scan.is_clear(best, unit)):
         why_not = "no scale of the step clearly lowers the loss of its batch"
     if why_not:
         scan.at([1.0])
@@ -178,6 +185,7 @@ class _Scan:
         self._losses: dict[float, float] = {}
         self._precision = 0.0
         self._rounds = 0
+        self._unseen: list[float] = []  # ratios of steps so short that what they change the loss by is noise
 
     def at(self, ratios: Sequence[float]) -> None:
         """Look at some ratios."""
@@ -189,21 +197,45 @@ class _Scan:
             self._precision = seen.precision
             self._rounds += 1
 
+    def descend(self, unit: float) -> None:
+        """Look at where the step began, and at ever shorter ones until the loss falls in proportion to them."""
+        self._unseen = [unit * _STRIDE**_SHORTEST]
+        lengths = [unit * _STRIDE**power for power in range(0, _SHORTEST, -1)]
+        ratios = [0.0, lengths[0], *self._unseen, *lengths[1:]]
+        for start in range(0, len(ratios), self._at_once):
+            self.at(ratios[start : start + self._at_once])
+            known = [ratio for ratio in lengths if ratio in self._costs]
+            if not math.isfinite(self.began) or self._fall_in_proportion(known[-3:]):
+                return
+
+    def _fall_in_proportion(self, ratios: Sequence[float]) -> bool:
+        """Whether the loss falls about as much less from each of three ratios to the next as the step is shorter."""
+        least, most = _PROPORTIONAL
+        falls = [self.fall(ratio) for ratio in ratios]
+        return (
+            len(falls) == 3
+            and falls[-1] > 0
+            and falls[0] > self._rounding()
+            and all(least <= shorter / longer <= most for longer, shorter in pairwise(falls))
+        )
+
     def widen(self, unit: float) -> None:
-        """Go on while the loss still falls."""
-        for power in range(_SCANNED.stop, _FURTHEST):
-            if not self.falls_to_the_end():
+        """Look at longer steps while the loss still falls, or while none was long enough to be seen."""
+        for power in range(1, _FURTHEST):
+            has_fallen = self.fall(self.lowest()) > self._noise()
+            if not self.falls_to_the_end() and (has_fallen or power > _LONGER):
                 break
             self.at([unit * _STRIDE**power])
 
     def closer(self, best: float) -> float:
         """Look around the best, and where a parabola through it and its neighbours is lowest; return the best."""
-        for width in _WIDTHS:
-            around = [best / width, best, best * width]
-            self.at([around[0], around[2]])
-            most = max(map(self.fall, around))
-            best = next(ratio for ratio in around if self.fall(ratio) >= _NEARLY * most)
+        around = [best / _WIDTH, best, best * _WIDTH]
+        self.at([around[0], around[2]])
+        most = max(map(self.fall, around))
+        best = next(ratio for ratio in around if self.fall(ratio) >= _NEARLY * most)
         vertex = _vertex(self._costs, best)
+        if 1 / _KNOWN <= vertex / best <= _KNOWN:
+            return best
         self.at([vertex])
         return min([best, vertex], key=self.cost)
 
@@ -251,12 +283,25 @@ class _Scan:
         last = self.ratios()[-1]
         if self.cost(self.lowest()) == -math.inf:
             return True
-        return self.nearest_minimum() == last and self.fall(last) > self.noise()
+        return self.nearest_minimum() == last and self.fall(last) > self._noise()
 
-    def noise(self) -> float:
+    def is_clear(self, ratio: float, unit: float) -> bool:
+        """Whether the loss has fallen by more than the noise, of which more steps too short to be seen are asked."""
+        self._unseen = [unit * _STRIDE**power for power in _UNSEEN]
+        self.at([each for each in self._unseen if each not in self._costs])
+        return self.fall(ratio) > self._noise()
+
+    def is_plain(self, ratio: float) -> bool:
+        """Whether the loss has fallen by so much that one step too short to be seen says enough of the noise."""
+        return self.fall(ratio) > _PLAIN * self._noise()
+
+    def _noise(self) -> float:
         """Return what a fall of the loss has to exceed: steps too short to be seen change the loss by rounding."""
-        unseen = max(abs(self.cost(ratio) - self.began) for ratio in self.ratios()[:_UNSEEN])
-        return max(_CLEAR * unseen, max(2 * self._precision, _LEAST) * abs(self.began))
+        unseen = max((abs(self.cost(ratio) - self.began) for ratio in self._unseen), default=0.0)
+        return max(_CLEAR * unseen, self._rounding())
+
+    def _rounding(self) -> float:
+        return max(2 * self._precision, _LEAST) * abs(self.began)
 
     def is_flat(self) -> bool:
         """Whether all losses are finite and differ by rounding at most."""
