@@ -27,6 +27,7 @@ from ._steps import (
     GradientLine,
     Line,
     Losses,
+    Pace,
     ProbeSchedule,
     ProbeTracker,
     Snapshots,
@@ -68,7 +69,9 @@ class AutoLR(LRScheduler):
     2. Every later probe asks whether the last ten steps had better been a third shorter, on a batch that these have
        not seen. By how much the loss would have been lower is their *heat*. The *gain* is the fall of the mean
        loss in a doubling of the steps. The level rises while the heat is below ``max_heat`` times the gain.
-    3. Steps that blow up the loss are taken again, shorter, at a lower level.
+    3. A probe is due every ten steps. It is made if the level still moves one way. While the level stands still, or
+       moves to and fro, seven of eight are left out.
+    4. Steps that blow up the loss are taken again, shorter, at a lower level.
 
     Looking along steps is Algorithm 1 of Kim & Yu, "Automated learning rate scheduling with in-training
     information"; :meth:`paper` gives their own setting, and ``rule`` parts of it.
@@ -84,12 +87,15 @@ class AutoLR(LRScheduler):
             begins it.
         anneal: ``"cosine"``, ``"linear"``, or a callable from the fraction of training done to a multiplier.
             The multiplier scales the logarithm of each move too: the level does not climb against annealing.
-        probe_every_steps: optimizer steps from probe to probe after calibration; ``None`` for no more probes.
+        probe_every_steps: optimizer steps from one probe that is due to the next, after calibration; ``None`` for
+            no more probes. None is left out with a ``rule``, where :meth:`step` is given the closure, or where the
+            learning rate is a tensor on an accelerator.
         probe_until_fraction: of ``total_steps``, up to which there are probes, calibration apart. From then on the
             level stays, and only annealing goes on. It plays no part without ``total_steps``.
-        calibration_steps: how many of the first optimizer steps are all probed; 0 for none. The first probe
-            searches its step. A later one takes its step again, shorter, if the loss is four times as high as
-            before. The level rises only after these. ``None`` is 20, or 0 for an optimizer that has trained before.
+        calibration_steps: how many of the first optimizer steps are watched; 0 for none. The probe of the first
+            searches that step. Later ones are rarer and rarer, and come at once if a loss is four times as high as
+            before: then the last steps are taken again, shorter. The level rises only after these steps. ``None``
+            is 20, or 0 for an optimizer that has trained before.
         max_heat: heat in units of the gain at which the level stays; ``math.inf`` for no limit. With a limit, the
             parameters of an earlier step are kept between probes.
         rule: the source's: a probe looks at its candidates along the last steps too, and the level moves by their
@@ -179,6 +185,7 @@ class AutoLR(LRScheduler):
         if level.heat.is_limited and schedule.every_steps:
             schedule.mean_steps = 1 + min(_AVERAGED, schedule.every_steps)
         self._tracker = ProbeTracker(schedule)
+        self._pace = Pace()
         self._snapshots = Snapshots(optimizers, schedule if follows_steps else None)
         self._losses = Losses(model, micro_batches)
         self._calibration = calibration = Calibration(schedule.first_steps, len(rule.factors) if rule else _AT_ONCE)
@@ -425,25 +432,39 @@ class AutoLR(LRScheduler):
         new = new if _take_part(new) else []
         is_search = bool(new) or self._calibration.is_searching(now)
         is_close = self._follows_steps and schedule.is_close(now)
+        if is_close != schedule.is_close(self._tracker.probed):
+            self._pace.begin_anew()
+        is_alarmed = False
+        if not is_search and self._can_leave_out(batch, is_close):
+            is_left_out = self._pace.leaves_out()
+            if is_left_out or self._pace.due > 1:
+                training = self._prober.training(batch.beside)
+                is_alarmed = self._calibration.may_be_lost(training.own.item(), training.mean.item(), is_close)
+            if is_left_out and not is_alarmed:
+                self._see(training.mean)
+                self._end_probe(now)
+                return None
         if self._rule is None and not (is_search or is_close):
             window, seen = schedule.mean_steps - 1, self._follow(None, batch, now)
         else:
-            line = self._line(batch.closure, window, now, {each for group in new for each in group["params"]})
+            only = {each for group in new for each in group["params"]}
+            line = self._line(batch.closure, 2, now, only) if is_alarmed else None
+            line = line or self._line(batch.closure, window, now, only)
             if line is None:
                 return None
             window = line.window
             if is_search:
                 # The loss before the step is not that of where new groups alone have not moved.
-                seen = self._search(line, batch._replace(beside=None) if new else batch, now, new)
+                seen = self._search(
+                    line, batch._replace(beside=None, knows_begin=False) if new else batch, now, new
+                )
             elif is_close:
                 seen = self._follow_closely(line, batch, now)
             else:
                 seen = self._follow(line, batch, now)
         if seen is None:
             return None
-        self._losses.forget()
-        self._tracker.probed = now
-        self._snapshots.drop_used(now)
+        self._end_probe(now)
         self._level.apply(now)
         probe = Probe(
             step=now,
@@ -460,6 +481,16 @@ class AutoLR(LRScheduler):
                 "took the last steps again, %g times as long, and moved the parameters: %r", probe.retaken, probe
             )
         return probe.retaken
+
+    def _can_leave_out(self, batch: _Batch, is_close: bool) -> bool:
+        """Whether a probe that is due may be left out: training's own losses then tell if steps were too long."""
+        is_known = batch.beside is not None and batch.knows_begin and self._level.value.is_cpu
+        return is_known and (is_close or self._rule is None)
+
+    def _end_probe(self, now: int) -> None:
+        self._losses.forget()
+        self._tracker.probed = now
+        self._snapshots.drop_used(now)
 
     def _line(
         self, closure: Closure, window: int, now: int, only: Collection[nn.Parameter]
@@ -479,7 +510,7 @@ class AutoLR(LRScheduler):
         self, line: StepLine | GradientLine, batch: _Batch, now: int, new: Sequence[dict[str, Any]]
     ) -> _Seen:
         """Start the level, or the rates of new groups, where their first step is best, and take that step again."""
-        look: LookAt = partial(self._look, batch, line)
+        look: LookAt = partial(self._look, batch, line, known=_BEFORE)
         step, begin = lengths(line.squares(), self._prober.process_group)
         if new:
             highest = self._level.highest_ratio(float(group["lr"]) for group in new)
@@ -517,7 +548,9 @@ class AutoLR(LRScheduler):
             moved, before = torch.ones_like(cost), seen.costs[1]
             if cost - before > _RISE * before.abs():
                 moved = self._level.follow(torch.full_like(cost, 1 / _UNKNOWN), now)
+            self._pace.see(moved.item())
             return _seen(seen, moved)
+        self._pace.begin_anew()
         self._level.fall(again.taken, with_ceiling=False)
         return _seen(seen, torch.full_like(cost, again.taken), again, self._retake(line, again.taken, now))
 
@@ -556,13 +589,17 @@ class AutoLR(LRScheduler):
         else:
             weights, factor = self._rule.weigh(seen.costs, None if seen.training is None else seen.training.own)
         if again is not None:
+            self._pace.begin_anew()
             self._level.fall(again.taken, with_ceiling=True)
             retaken = self._retake(steps, again.taken, now, begin_anew=True)
             _clear_statistics(self._prober.model)
             return _seen(seen, torch.full_like(factor, again.taken), again, retaken, weights)
         if warm is not None:
             self._level.heat.add_heat(warm.costs[1] - warm.costs[0])
-        return _seen(seen, self._level.follow(factor, now), weights=weights)
+        moved = self._level.follow(factor, now, max(1, self._pace.due))
+        if moved.is_cpu:
+            self._pace.see(moved.item())
+        return _seen(seen, moved, weights=weights)
 
     def _see(self, mean: Tensor) -> None:
         """Take the mean loss of the steps since the last probe, 0-dim, into account."""
@@ -633,6 +670,7 @@ class AutoLR(LRScheduler):
             **HEADER,
             "last_epoch": self.last_epoch,
             "tracker": self._tracker.state(),
+            "pace": self._pace.state(),
             "snapshots": {"steps": self._counter.steps, **self._snapshots.state()},
             "hooks": self._hooks.state(),
             "state_weights": self._snapshots.weights_state(),
@@ -701,6 +739,7 @@ class AutoLR(LRScheduler):
         self.last_epoch = state["last_epoch"]
         self._step_count = self.last_epoch + 1
         self._tracker.load(state["tracker"], self.last_epoch)
+        self._pace.load(state["pace"])
         self._apply()
         self._warn_once(lacking)  # last: a warning may be an error
 

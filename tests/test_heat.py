@@ -194,6 +194,20 @@ def test_a_gain_is_taken_for_a_tenth_of_the_largest_at_least(gain, least):
     assert heat.temper(number(1.2)).item() == pytest.approx(1 / 1.1)
 
 
+@pytest.mark.parametrize("due", [1, 2, 4, 8])
+@pytest.mark.parametrize("ratio", [0.3, 0.9, 1.05, 1.3])
+def test_one_move_for_several_probes_is_the_product_of_theirs(ratio, due):
+    """The heat goes with the level, so each of them would have met what the one before left."""
+    heats = [ratio * 0.3] * 5
+    moved, one_by_one = 1.0, heat_of(heats, 1.0, 0.3)
+    for _ in range(due):
+        move = one_by_one.temper(number(1.2))
+        one_by_one.rescale(move)
+        moved *= move.item()
+    at_once = heat_of(heats, 1.0, 0.3).temper(number(1.2), due).item()
+    assert at_once == pytest.approx(min(max(moved, 1 / 1.5), 1.5), rel=1e-9)
+
+
 @given(
     heats=st.lists(st.floats(-2, 2) | st.sampled_from((0.0, NAN, INF, -INF)), max_size=12),
     gain=st.floats(-2, 2),
@@ -255,6 +269,7 @@ def test_a_level_that_was_lost_comes_back_slowly(retaken, left, with_ceiling):
     assert other.value.item() == pytest.approx(0.8 * 1.03 * lower)
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_a_loss_of_zero_asks_for_nothing():
     """On a batch that is learned to the last bit nothing is left to gain: the level does not climb for ever."""
     model, x = mlp(), torch.randn(8, 5)
@@ -344,6 +359,7 @@ def spied(scheduler, monkeypatch):
     return heats
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("rule", [None, Rule(), Rule(window_steps=3)])
 @pytest.mark.parametrize("evaluator", NAMED)
 def test_the_heat_is_what_averaging_wins_on_deep_copies(evaluator, rule, monkeypatch):

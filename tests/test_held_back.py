@@ -171,7 +171,7 @@ def test_total_steps_end_it_without_a_loss_held_back():
 def test_maximize_is_higher_better():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, maximize=True)
-    scheduler = AutoLR(optimizer, model, total_steps=1000)
+    scheduler = AutoLR(optimizer, model, total_steps=1000, probe_every_steps=None)
     width = next(model.parameters()).shape[1]
     for step in range(160):
         optimizer.zero_grad()

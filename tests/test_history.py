@@ -39,6 +39,7 @@ def is_plain(value):
     return type(value) in (int, float, str, type(None))
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_a_probe_is_plain_and_comes_back(tensor_lr):
     model, loss_of, optimizer, scheduler = start(torch.tensor(1e-3) if tensor_lr else 1e-3, total_steps=30)
@@ -66,6 +67,7 @@ def test_losses_that_are_not_finite_come_back_too():
     assert math.isnan(Probe.from_dict(json.loads(json.dumps(seen.to_dict()))).losses[0])
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_the_history_has_every_probe_and_the_last_one_last():
     model, loss_of, optimizer, scheduler = start(calibration_steps=3, probe_every_steps=5)
     assert scheduler.history == []
@@ -98,6 +100,7 @@ def test_a_long_history_is_thinned(count):
     assert [each.to_dict() for each in thinned] == [each.to_dict() for each in history]
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_a_history_is_restored_with_the_state():
     model, loss_of, optimizer, scheduler = start()
     for _ in range(4):
@@ -151,6 +154,7 @@ def test_the_history_is_not_assigned():
     assert len(scheduler.history) == 1
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_a_probe_is_itself_alone():
     """Tensors have no truth value to compare by; so it is found in a list, and is a key."""
     model, loss_of, optimizer, scheduler = start()
@@ -166,6 +170,7 @@ def test_a_probe_is_itself_alone():
     assert {first: 1, second: 2, third: 3}[second] == 2
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("lr0", [1e-6, 1e-2, 10.0])
 def test_retaken_says_where_parameters_moved(lr0, caplog):
     """At the first step, and where a rate was far too high; each time one line tells it, and none elsewhere."""

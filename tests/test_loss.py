@@ -58,6 +58,7 @@ def no_garbage_collector():
     ("which", "evaluator"),
     [*itertools.product(["last", "all"], ["auto", "inplace", "streamed", "stacked"]), ("last", "graphed")],
 )
+@pytest.mark.usefixtures("every_probe")
 def test_no_batch_outlives_its_step(which, evaluator):
     model, optimizer, scheduler = start(evaluator=evaluator, micro_batches=which, **OFTEN)
     probed = set()

@@ -128,6 +128,7 @@ def test_running_statistics_with_numbers_stay():
     assert_same(before, list(model.buffers()))
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("tensor", [False, True])
 def test_a_batch_that_is_hard_loses_nothing(tensor):
     """Its loss is far above all others, and as high ten steps before."""

@@ -175,6 +175,7 @@ def test_annealing_scales_rate_and_log_factor():
         assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]]
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_no_probe_between_probes():
     model, loss_of = problem("mlp")
     optimizer = sgd(model)
@@ -638,7 +639,7 @@ def test_state_dict_is_small_and_plain():
         scheduler.step(lambda: loss_of(model))
     state = scheduler.state_dict()
     assert set(state) == {
-        "version", "saved_by", "last_epoch", "tracker", "snapshots", "losses", "calibration", "level", "evaluator",
+        "version", "saved_by", "last_epoch", "tracker", "pace", "snapshots", "losses", "calibration", "level", "evaluator",
         "hooks", "state_weights", "calibration_steps", "history", "groups", "optimizers", "held_back",
     }  # fmt: skip
     # Besides, one copy of the parameters, from where averages begin.

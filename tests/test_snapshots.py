@@ -25,8 +25,8 @@ def starts(schedule, step):
     window = schedule.window_at(step)
     if window is None:
         return set()
-    averages = {1, schedule.mean_steps} if schedule.mean_steps and step > schedule.first_steps else set()
-    return {step - back for back in {window, *averages} if back <= step}
+    others = {2} if step <= schedule.first_steps else {1, schedule.mean_steps} if schedule.mean_steps else set()
+    return {step - back for back in {window, *others} if back <= step}
 
 
 @given(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .._evaluators.prober import Look
-from .search import Found, LookAt, has_risen, search, search_again
+from .search import Found, LookAt, has_blown_up, has_risen, search, search_again
 
 __all__ = ["Calibration", "start_ratio"]
 
@@ -88,6 +88,22 @@ class Calibration:
         """See the mean loss of the steps since the last probe, as a cost; one that is not finite says nothing."""
         self._first_mean, self._lowest_mean = self._means_with(mean)
 
+    def may_be_lost(self, cost: float, mean: float, is_close: bool) -> bool:
+        """Whether the loss of a batch that no step has seen says that the last steps had better be looked at.
+
+        Args:
+            cost: where the last step began.
+            mean: what :meth:`see` will see of the last steps.
+            is_close: whether these are among the first.
+        """
+        if is_close:
+            return has_blown_up(cost, self._lowest_cost)
+        first, lowest = self._means_with(mean)
+        return has_blown_up(cost, lowest, self._most_to_lose(first, lowest))
+
+    def _most_to_lose(self, first: float, lowest: float) -> float:
+        return max(_LOST * (first - lowest), _LEAST * abs(lowest))
+
     def find_later(self, look: LookAt, cost: float, mean: float) -> Found | None:
         """Find how long the last steps had better been, if they lost half of what the training has won.
 
@@ -100,7 +116,7 @@ class Calibration:
             ``None`` if they did not.
         """
         first, lowest = self._means_with(mean)
-        most = max(_LOST * (first - lowest), _LEAST * abs(lowest))
+        most = self._most_to_lose(first, lowest)
         return search_again(look, cost, lowest, most) if first > lowest else None
 
     def _means_with(self, mean: float) -> tuple[float, float]:

@@ -116,6 +116,10 @@ class Prober:
             training = Seen(*self._cost(more).unbind())
         return Look(factors, losses, self._cost(losses), torch.finfo(seen.dtype).eps, training)
 
+    def training(self, beside: Tensor) -> Seen:
+        """Return what training has seen, [2] as losses on this rank, as costs of all ranks."""
+        return Seen(*self._cost(mean_over_ranks(beside, self.process_group).to(self._device)).unbind())
+
     def _cost(self, loss: Tensor) -> Tensor:
         return -loss if self._maximize else loss
 

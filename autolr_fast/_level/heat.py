@@ -109,13 +109,21 @@ class Heat:
         heat = torch.where(heat.isfinite(), heat, math.nan).to(self._heats)
         self._heats = torch.cat([self._heats[1:], heat.reshape(1)])
 
-    def temper(self, factor: Tensor) -> Tensor:
-        """Return by how much the level moves where the last step alone asks for a factor, 0-dim both."""
+    def temper(self, factor: Tensor, due: int = 1) -> Tensor:
+        """Return by how much the level moves where the last step alone asks for a factor, 0-dim both.
+
+        Args:
+            factor: that which is asked for.
+            due: probes since the last one that was made, with this one. The heat goes with the level, so that as
+                many moves one after another have this product.
+        """
         if not self.is_limited:
             return factor
         ratio, is_known = self._ratio()
-        cooler = ratio.pow(-_DOWN).clamp(1 / _MOST, 1.0)
-        warmer = torch.minimum(ratio.clamp_min(1e-9).pow(-_UP), factor.new_tensor(_MOST)).clamp_min(1.0)
+        cooler = ratio.pow((1 - _DOWN) ** due - 1).clamp(1 / _MOST, 1.0)
+        warmer = torch.minimum(ratio.clamp_min(1e-9).pow((1 - _UP) ** due - 1), factor.new_tensor(_MOST)).clamp_min(
+            1.0
+        )
         moved = torch.where(ratio > 1, torch.minimum(cooler, factor), torch.where(factor > 1, warmer, factor))
         moved = torch.where(is_known, moved, factor)
         return torch.where(self._is_lowest, moved, moved.clamp_max(1.0))

@@ -133,20 +133,21 @@ class Level:
         """Begin at a level that was searched for."""
         self._set(torch.as_tensor(value, dtype=torch.float64, device=self.value.device))
 
-    def follow(self, factor: Tensor, step: int) -> Tensor:
+    def follow(self, factor: Tensor, step: int, due: int = 1) -> Tensor:
         """Move the level by what a probe found, as far as the heat lets it go.
 
         Args:
             factor: 0-dim, what the last step asks for.
             step: optimizer steps done.
+            due: probes since the last one that was made, with this one.
 
         Returns:
             By how much the level moved, 0-dim. The logarithm of the move is scaled by the annealing multiplier, so
             that the level does not climb against it.
         """
         before = self.value
-        self._ceiling = self._ceiling * _HEALING
-        moved = self.heat.temper(factor) ** self.multiplier(step)
+        self._ceiling = self._ceiling * _HEALING**due
+        moved = self.heat.temper(factor, due) ** self.multiplier(step)
         self._set(torch.minimum(before * moved, self._ceiling))
         moved = self.value / before
         self.heat.rescale(moved)

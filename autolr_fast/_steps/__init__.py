@@ -8,6 +8,7 @@ from .gradient_line import GradientLine, check_not_sharded
 from .hooks import StepHooks
 from .lines import Line, StepLine, lengths
 from .losses import Losses
+from .pace import Pace
 from .parameters import candidate_parameters
 from .schedule import ProbeSchedule, ProbeTracker
 from .snapshots import Snapshots
@@ -16,6 +17,7 @@ __all__ = [
     "GradientLine",
     "Line",
     "Losses",
+    "Pace",
     "ProbeSchedule",
     "ProbeTracker",
     "Snapshots",

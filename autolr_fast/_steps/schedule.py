@@ -38,7 +38,7 @@ class ProbeSchedule:
         >>> {step: window for step in range(1, 99) if (window := schedule.window_at(step))}
         {1: 1, 2: 2, 3: 1, 10: 2, 20: 1, 30: 2, 40: 1}
         >>> {step: windows for step in range(99) if (windows := schedule.windows_from(step))}
-        {0: [1, 2], 2: [1], 8: [2], 19: [1], 28: [2], 39: [1]}
+        {0: [1, 2], 1: [2], 2: [1], 8: [2], 19: [1], 28: [2], 39: [1]}
         >>> schedule.mean_steps = 6
         >>> {step: windows for step in range(3, 30) if (windows := schedule.windows_from(step))}
         {4: [6], 8: [2], 9: [1], 14: [6], 19: [1], 24: [6], 28: [2], 29: [1]}
@@ -76,7 +76,7 @@ class ProbeSchedule:
     def windows_from(self, step: int, now: int | None = None) -> list[int]:
         """Return the windows of the probes after ``now`` (default: ``step``) that open after ``step`` steps."""
         first = 1 if now is None else now + 1 - step
-        spans = {*self.windows, 1, self.mean_steps}
+        spans = {*self.windows, 1, 2, self.mean_steps}
         if step == 0:  # early probes have the windows that there is room for
             spans.update(range(1, max(spans)))
         return [span for span in sorted(spans) if span >= first and span in self._windows_at(step + span)]
@@ -86,7 +86,9 @@ class ProbeSchedule:
         window = self.window_at(step)
         if window is None:
             return set()
-        has_mean = self.mean_steps and not self.is_close(step) and step != self.searched_step
+        if self.is_close(step):
+            return {window, 2}
+        has_mean = self.mean_steps and step != self.searched_step
         return {window, 1, self.mean_steps} if has_mean else {window}
 
 

@@ -1,0 +1,144 @@
+"""Probes that are due and left out, while the level stands still: which they are, and what is seen without them."""
+
+import io
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from autolr_fast import AutoLR, Rule
+from autolr_fast._steps import Pace
+
+from .helpers import assert_same, everything, mlp, raise_rate
+
+
+def made_by(moves):
+    """Return which of 200 probes are made, where the n-th that is made moves the level by ``moves[n]``, or not."""
+    pace, made, moves = Pace(), [], iter(moves)
+    for probe in range(200):
+        if not pace.leaves_out():
+            made.append(probe)
+            pace.see(next(moves, 1.0))
+    return made
+
+
+@given(st.lists(st.floats(math.log(1.25), 1), max_size=150), st.sampled_from([1, -1]))
+def test_while_the_level_moves_far_one_way_no_probe_is_left_out(sizes, sign):
+    made = made_by([math.exp(sign * size) for size in sizes])
+    assert made[: len(sizes) + 1] == list(range(len(sizes) + 1))
+
+
+@given(st.lists(st.sampled_from([0.5, 0.95, 1.0, 1.05, 1.15, 2.0]), max_size=150))
+def test_from_one_probe_to_the_next_are_one_to_eight(moves):
+    gaps = [after - before for before, after in zip(made_by(moves), made_by(moves)[1:], strict=False)]
+    assert set(gaps) <= {1, 2, 4, 8}
+    assert all(after in (1, before, 2 * before) for before, after in zip(gaps, gaps[1:], strict=False))
+
+
+@pytest.mark.parametrize("moves", [[1.0] * 9, [1.05] * 9, [1.5, 1 / 1.5] * 5])
+def test_small_moves_and_those_that_cancel_make_probes_rare(moves):
+    first = 1 if moves[0] == 1.5 else 0  # of those that cancel the first takes nothing back
+    assert made_by(moves)[first:8] == [first + probe for probe in (0, 2, 6, 14, 22, 30, 38, 46)][: 8 - first]
+
+
+class Task:
+    """A training that hears of each step's loss, whose closure can be made steep."""
+
+    def __init__(self, seed=0, **options):
+        torch.manual_seed(seed)
+        self.model = mlp()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
+        options = {"total_steps": 2000, "evaluator": "inplace", **options}
+        self.scheduler = AutoLR(self.optimizer, self.model, **options)
+        self.through_loss = True
+
+    def step(self):
+        x = torch.randn(16, 5)
+
+        def closure():
+            return nn.functional.mse_loss(self.model(x), x[:, :3])
+
+        self.optimizer.zero_grad()
+        (self.scheduler.loss(closure) if self.through_loss else closure()).backward()
+        self.optimizer.step()
+        self.scheduler.step(*([] if self.through_loss else [closure]))
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.step()
+        return [probe.step for probe in self.scheduler.history]
+
+
+def still(monkeypatch):
+    """Make probes see what moves nothing."""
+    monkeypatch.setattr(Pace, "see", lambda self, factor, see=Pace.see: see(self, 1.0))
+
+
+def test_the_first_steps_and_later_ones_are_probed_less_and_less_often(monkeypatch):
+    still(monkeypatch)
+    assert Task().run(240) == [1, 2, 4, 8, 16, 30, 50, 90, 170]
+
+
+@pytest.mark.parametrize("case", ["closure after the step", "rule"])
+def test_none_is_left_out_later_where_nothing_else_tells_of_a_rate_too_high(case, monkeypatch):
+    """A rule asks for a probe each ten steps, and a closure that comes after the step has no loss before it."""
+    still(monkeypatch)
+    task = Task(rule=Rule() if case == "rule" else None)
+    task.through_loss = case == "rule"
+    made = task.run(80)
+    assert made[-6:] == [30, 40, 50, 60, 70, 80]
+    if case != "rule":
+        assert made[:20] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("step", [3, 7, 11])
+def test_a_step_too_long_whose_probe_is_left_out_is_taken_again_after_the_next(step, monkeypatch):
+    """The loss of the next batch tells. Both steps are taken again, from before the first."""
+    still(monkeypatch)
+    task = Task()
+    task.run(step - 1)
+    before = [parameter.detach().clone() for parameter in task.model.parameters()]
+    raise_rate(task.scheduler, 1e4)
+    assert step not in task.run(1)
+    assert task.run(1)[-1] == step + 1
+    probe = task.scheduler.last_probe
+    assert (probe.window, probe.losses[0] > 4 * probe.losses[1]) == (2, True)
+    assert probe.retaken < 1e-2
+    moved = max((now - then).abs().max() for now, then in zip(task.model.parameters(), before, strict=True))
+    assert moved < 2  # else about 1,000
+
+
+def test_a_later_blow_up_has_a_probe_that_was_to_be_left_out(monkeypatch):
+    still(monkeypatch)
+    task = Task()
+    assert task.run(104)[-1] == 90  # the next is that at 170
+    raise_rate(task.scheduler, 1e4)
+    assert task.run(6)[-1] == 110
+    assert task.scheduler.last_probe.retaken is not None
+    assert task.run(10)[-1] == 120  # and the next ones are made
+
+
+def test_a_run_that_was_cut_where_probes_are_left_out_goes_on_the_same():
+    whole, ends = Task(probe_every_steps=3, calibration_steps=6), []
+    torch.manual_seed(5)
+    for _ in range(60):
+        whole.step()
+        file = io.BytesIO()
+        states = whole.model.state_dict(), whole.optimizer.state_dict(), whole.scheduler.state_dict()
+        torch.save([*states, torch.get_rng_state()], file)
+        ends.append(file.getvalue())
+    history = [probe.to_dict() for probe in whole.scheduler.history]
+    assert len(history) < 18  # of 24 that were due
+    for cut in range(1, 60, 4):
+        again = Task(seed=1, probe_every_steps=3, calibration_steps=6)
+        weights, optimizer, scheduler, streams = torch.load(io.BytesIO(ends[cut - 1]), weights_only=True)
+        again.model.load_state_dict(weights)
+        again.optimizer.load_state_dict(optimizer)
+        again.scheduler.load_state_dict(scheduler)
+        torch.set_rng_state(streams)
+        again.run(60 - cut)
+        assert [probe.to_dict() for probe in again.scheduler.history] == history
+        assert_same(everything(again.model, again.optimizer), everything(whole.model, whole.optimizer))
