@@ -37,6 +37,7 @@ from ._steps import (
     candidate_parameters,
     check_not_sharded,
     lengths,
+    memory_for,
 )
 from .probe import History, Probe
 from .rule import FACTORS_3, Rule
@@ -105,6 +106,9 @@ class AutoLR(LRScheduler):
             one's closure; ``"all"``: all of them, and takes their mean.
         evaluator: ``"auto"`` (see :class:`~autolr_fast.Auto`), ``"streamed"``, ``"stacked"``, ``"inplace"``,
             ``"graphed"``, or one such as ``Stacked(max_memory=2**30)``. One asked for by name never falls back.
+        snapshots: where the parameters from before a step are kept for its probe. ``"device"`` is a copy or two of
+            the model on the GPU. ``"host"`` is pinned memory, to which they are copied as the step begins; a probe
+            brings them back for each candidate, a parameter or 16 MiB at a time.
         process_group: the ranks whose losses are averaged before scoring; ``None`` is the default group, if any.
 
     Attributes:
@@ -147,12 +151,14 @@ class AutoLR(LRScheduler):
         lr_limits: tuple[float, float] = (1e-12, 1e4),
         micro_batches: str = "last",
         evaluator: str | Evaluator = "auto",
+        snapshots: str = "device",
         process_group: ProcessGroup | None = None,
     ):
         optimizers = Optimizers(optimizer)
         if isinstance(model, nn.Module):
             check_shards(model, optimizers.parameters)
         candidate_parameters(model, optimizers)
+        memory = memory_for(snapshots, optimizers.parameters)
         check_fraction("probe_until_fraction", probe_until_fraction, of="total_steps")
         if not (rule is None or isinstance(rule, Rule)):
             raise TypeError(f"rule={rule!r}: expected None, or a Rule such as Rule(factors={FACTORS_3})")
@@ -186,7 +192,7 @@ class AutoLR(LRScheduler):
             schedule.mean_steps = 1 + min(_AVERAGED, schedule.every_steps)
         self._tracker = ProbeTracker(schedule)
         self._pace = Pace()
-        self._snapshots = Snapshots(optimizers, schedule if follows_steps else None)
+        self._snapshots = Snapshots(optimizers, schedule if follows_steps else None, memory)
         self._losses = Losses(model, micro_batches)
         self._calibration = calibration = Calibration(schedule.first_steps, len(rule.factors) if rule else _AT_ONCE)
 

@@ -12,6 +12,7 @@ from torch import nn
 from autolr_fast import FACTORS_5, FACTORS_7, AutoLR, InPlace, Rule, Stacked
 from autolr_fast import _ops as ops
 from autolr_fast._evaluators import EVALUATORS
+from autolr_fast._steps.host_memory import Away, HostMemory, here, saved
 
 from .helpers import assert_same, everything, mlp, train_step
 from .test_evaluators import probed
@@ -237,3 +238,97 @@ def test_no_snapshot_is_kept_between_probes():
     assert scheduler.last_probe.step == 20
     parameters = 4 * sum(p.numel() for p in model.parameters())
     assert max(sizes[5:]) - min(sizes[5:]) < parameters / 2
+
+
+@pytest.mark.parametrize("evaluator", ["inplace", "streamed", "stacked", "graphed"])
+@pytest.mark.parametrize("rule", [None, Rule(FACTORS_5, window_steps=(1, 2))], ids=["default", "rule"])
+def test_a_training_with_snapshots_on_the_host_is_the_same(rule, evaluator):
+    ends = []
+    for where in ("device", "host"):
+        model, loss_of = classifier(1024, *([2048] * 3), 10)  # 40 MiB: copies take longer than their launches
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        options = {"rule": rule, "calibration_steps": 3, "probe_every_steps": 5, "evaluator": evaluator}
+        scheduler = train(model, loss_of, optimizer, 30, snapshots=where, **options)
+        assert scheduler.last_probe.step == 15
+        ends.append(everything(model, optimizer))
+    assert_same(*ends)
+
+
+def test_snapshots_on_the_host_take_no_memory_of_the_gpu():
+    sizes, peaks = {}, {}
+    for where in ("device", "host"):
+        model, loss_of = classifier(1024, *([2048] * 3), 10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        options = {"total_steps": 99, "calibration_steps": 3, "probe_every_steps": 5, "evaluator": "streamed"}
+        scheduler = AutoLR(optimizer, model, snapshots=where, **options)
+        sizes[where] = []
+        for step in range(20):
+            if step == 10:
+                torch.cuda.reset_peak_memory_stats()
+            train_step(model, optimizer, loss_of)
+            assert step % 5 != 4 or scheduler._snapshots._kept
+            sizes[where].append(torch.cuda.memory_allocated())
+            scheduler.step(lambda model=model, loss_of=loss_of: loss_of(model))
+        peaks[where] = torch.cuda.max_memory_allocated()
+        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+        del model, loss_of, optimizer, scheduler
+    assert max(sizes["host"][5:]) - min(sizes["host"][5:]) < parameters / 10
+    assert max(sizes["device"][5:]) - min(sizes["device"][5:]) > 0.9 * parameters
+    assert peaks["host"] < peaks["device"]
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_copy_to_the_host_comes_between_what_writes_before_and_after():
+    """On any stream, without a wait of the host; a state waits."""
+    tensors = [torch.zeros(1 << 22, device=DEVICE), torch.zeros(64, 3, device=DEVICE).t()]
+    memory = HostMemory()
+    memory.put(tensors)  # pinned memory is there, and the streams
+    other = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(100_000_000)
+        for tensor in tensors:
+            tensor.fill_(1.0)
+        kept = memory.put(tensors)
+        is_early = not kept[0]._done.query()
+        for tensor in tensors:
+            tensor.fill_(2.0)
+        back = [here(value) for value in kept]
+        with torch.cuda.stream(other):
+            elsewhere = [here(value) for value in kept]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert is_early, "the host waited for the copy"
+    assert all(isinstance(value, Away) for value in kept)
+    torch.cuda.synchronize()
+    for values in (back, elsewhere, [saved(value) for value in kept]):
+        assert all((value == 1.0).all() for value in values)
+        assert [value.stride() for value in values] == [tensor.stride() for tensor in tensors]
+    assert kept[0]._value.is_pinned()
+    assert not saved(kept[0]).is_pinned()
+
+
+def test_pinned_memory_is_not_given_out_again_before_it_was_read():
+    memory = HostMemory()
+    for value in range(20):
+        tensor = torch.full((1 << 20,), float(value), device=DEVICE)
+        torch.cuda._sleep(1_000_000)
+        (kept,) = memory.put([tensor])
+        back = here(kept)
+        del kept, tensor
+        (_next,) = memory.put([torch.full((1 << 20,), -1.0, device=DEVICE)])
+        assert (back == value).all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_each_gpu_copies_on_a_stream_of_its_own():
+    tensors = [torch.full((1 << 20,), float(n), device=f"cuda:{n % 2}") for n in range(4)]
+    memory = HostMemory()
+    kept = memory.put(tensors)
+    for tensor in tensors:
+        tensor.fill_(-1.0)
+    for number, value in enumerate(kept):
+        assert value.device == tensors[number].device == here(value).device
+        assert (here(value) == number).all()
+    assert len(memory._streams) == 2

@@ -15,13 +15,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from autolr_fast import AutoLR
+from autolr_fast._steps import host_memory
 
 from .helpers import mlp, of_each_rank
+from .late_copies import LateGpu
 
 RANKS, STEPS = 2, 34
 EARLY, LATE = 3, 25  # steps after which training is interrupted: in calibration, and in the window of a later probe
 WAYS = ("by rank 0", "by each rank", "checkpoint, fresh", "checkpoint, live")
 CASES = [("fsdp2", "by rank 0", EARLY), *((wrap, way, LATE) for wrap in ("ddp", "fsdp2") for way in WAYS)]
+CASES += [("fsdp2, host", "by each rank", LATE), ("fsdp2, host", "checkpoint, fresh", LATE)]
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -29,13 +32,14 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 def start(wrap):
     torch.manual_seed(0)
     model = mlp()
-    if wrap == "fsdp2":
+    if wrap.startswith("fsdp2"):
         fully_shard(model[0])
         fully_shard(model)
     else:
         model = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    return model, optimizer, AutoLR(optimizer, model, total_steps=64)
+    snapshots = "host" if wrap.endswith("host") else "device"
+    return model, optimizer, AutoLR(optimizer, model, total_steps=64, snapshots=snapshots)
 
 
 def loss_of(model, x, y):
@@ -92,7 +96,7 @@ def interrupted(wrap, way, at, rank, directory):
     else:
         train(parts, range(STEPS), rank)
         told = []
-    weights = [each.full_tensor() if wrap == "fsdp2" else each for each in parts[0].parameters()]
+    weights = [each.full_tensor() if wrap.startswith("fsdp2") else each for each in parts[0].parameters()]
     steps = [probe.step for probe in parts[2].history]
     return steps, parts[2].get_last_lr(), [each.detach().clone() for each in weights], told
 
@@ -131,6 +135,7 @@ def alone(rank, directory):
 
 def worker(rank, directory):
     torch.set_num_threads(1)
+    host_memory.Gpu = LateGpu  # the process is this test's own
     said = alone(rank, directory)
     cases = [*CASES, *((wrap, "uninterrupted", STEPS) for wrap in ("ddp", "fsdp2"))]
     rows = {case: interrupted(*case, rank, directory) for case in cases}
@@ -149,7 +154,7 @@ def test_a_state_goes_on_right_or_leaves_one_probe_out_on_all_ranks(results, wra
     steps, rates, weights, told = rows[wrap, way, at]
     assert (steps, rates) == others[wrap, way, at][:2]
     assert all(map(torch.equal, weights, others[wrap, way, at][2]))
-    all_steps, all_rates, all_weights, _ = rows[wrap, "uninterrupted", STEPS]
+    all_steps, all_rates, all_weights, _ = rows[wrap.removesuffix(", host"), "uninterrupted", STEPS]
     if way == "by each rank":
         assert (steps, rates) == (all_steps, all_rates)
         assert all(map(torch.equal, weights, all_weights))

@@ -6,6 +6,7 @@
 from .counter import StepCounter
 from .gradient_line import GradientLine, check_not_sharded
 from .hooks import StepHooks
+from .host_memory import memory_for
 from .lines import Line, StepLine, lengths
 from .losses import Losses
 from .pace import Pace
@@ -27,4 +28,5 @@ __all__ = [
     "candidate_parameters",
     "check_not_sharded",
     "lengths",
+    "memory_for",
 ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .. import _ops as ops
+from .._machine.memory import SMALL
 from .._machine.ranks import ProcessGroup, local, mean_over_ranks
+from .host_memory import Away, Kept, here
 
 __all__ = ["Line", "StepLine", "lengths", "squared_length"]
 
@@ -41,6 +44,7 @@ class StepLine:
     """``prev + f * (now - prev)``: what the optimizer did in its last ``window`` steps, scaled.
 
     ``f = 1`` is exactly ``now`` and ``f = 0`` exactly ``prev``; see :func:`autolr_fast._ops.candidate_writer`.
+    Values that are away come back as they are written from: one parameter at a time, or parts of 16 MiB.
 
     Args:
         prev: parameter -> its (local) value before the window.
@@ -54,10 +58,10 @@ class StepLine:
 
     def __init__(
         self,
-        prev: Mapping[nn.Parameter, Tensor],
+        prev: Mapping[nn.Parameter, Kept],
         names: Mapping[nn.Parameter, str],
         window: int,
-        end: Mapping[nn.Parameter, Tensor] | None = None,
+        end: Mapping[nn.Parameter, Kept] | None = None,
     ):
         for parameter, before in prev.items():
             own = local(parameter)
@@ -75,17 +79,40 @@ class StepLine:
 
     def writer(self, now: Sequence[Tensor], rows: Sequence[Tensor]) -> ops.Writer:
         """Return what writes ``prev + f * (now - prev)``; see :class:`Line`."""
-        return ops.candidate_writer(self._prev, now if self._end is None else self._end, rows)
+        ends = now if self._end is None else self._end
+        if any(isinstance(value, Away) for value in (*self._prev, *ends)):
+            return partial(self._write_parts, ends, rows)
+        return ops.candidate_writer([*map(here, self._prev)], [*map(here, ends)], rows)
+
+    def _write_parts(self, ends: Sequence[Kept], rows: Sequence[Tensor], factors: Sequence[float]) -> None:
+        for part in _parts(rows):
+            prev, end = ([here(value) for value in values[part]] for values in (self._prev, ends))
+            ops.candidate_writer(prev, end, rows[part])(factors)
+            del prev, end  # before the next come
 
     def write_one(self, factor: float, now: Tensor, out: Tensor, index: int) -> None:
         """Write one parameter of one candidate; see :class:`Line`."""
-        ops.write_candidate(self._prev[index], now if self._end is None else self._end[index], factor, out)
+        end = now if self._end is None else here(self._end[index])
+        ops.write_candidate(here(self._prev[index]), end, factor, out)
 
     def squares(self) -> Tensor:
         """Return the squared length of the steps, and of the parameters that they begin at: [2] float64."""
         live = map(local, self.parameters)
-        steps = (now - before for now, before in zip(live, self._prev, strict=True))
-        return torch.stack([squared_length(steps), squared_length(self._prev)])
+        steps = (now - here(before) for now, before in zip(live, self._prev, strict=True))
+        return torch.stack([squared_length(steps), squared_length(map(here, self._prev))])
+
+
+def _parts(rows: Sequence[Tensor]) -> Iterator[slice]:
+    """Return the parts of parameters that are small together, or one that is large."""
+    start = size = 0
+    for index, row in enumerate(rows):
+        own = row[0].numel() * row.element_size()
+        if size and size + own > SMALL:
+            yield slice(start, index)
+            start, size = index, 0
+        size += own
+    if rows:
+        yield slice(start, len(rows))
 
 
 def squared_length(tensors: Iterable[Tensor]) -> Tensor:

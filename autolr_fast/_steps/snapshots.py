@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .._machine.ranks import ProcessGroup, local, mean_over_ranks, shard_of
-from .._ops.copies import Copies
 from .._optimizers import Optimizers
+from .host_memory import Back, DeviceMemory, Kept, Memory, here, saved
 from .lines import StepLine
 from .schedule import ProbeSchedule
-from .state_weights import StateWeights, Values, has_state
+from .state_weights import StateWeights, has_state
 
 __all__ = ["Snapshots"]
 
@@ -28,18 +28,20 @@ class Snapshots:
     Args:
         optimizers: that move the parameters.
         schedule: says which snapshots are wanted; ``None`` for none.
+        memory: where they are kept; by default beside the parameters.
 
     Attributes:
         began_warm: whether momentum buffers were filled before the first step.
     """
 
-    def __init__(self, optimizers: Optimizers, schedule: ProbeSchedule | None):
+    def __init__(self, optimizers: Optimizers, schedule: ProbeSchedule | None, memory: Memory | None = None):
         self._optimizers = optimizers
+        self._memory = memory or DeviceMemory()
         self.began_warm = False
         self._schedule = schedule or ProbeSchedule(every_steps=None, first_steps=0, windows=(1,))
-        self._kept: dict[int, dict[nn.Parameter, Tensor]] = {}  # optimizer steps before -> parameter -> its value
+        self._kept: dict[int, dict[nn.Parameter, Kept]] = {}  # optimizer steps before -> parameter -> its value
         self._weights = StateWeights(optimizers)
-        self._kept_weights: dict[int, Values] = {}  # of the same snapshots
+        self._kept_weights: dict[int, dict[nn.Parameter, dict[str, Kept]]] = {}  # of the same snapshots
         self._is_new = False  # whether there was no state before the step
         self._loaded: list[int] = []  # steps of snapshots in a state that was loaded, which some ranks may lack
 
@@ -55,12 +57,12 @@ class Snapshots:
             self.drop_used(steps)
         if self._schedule.windows_from(steps):
             moved = [each for each in self._optimizers.parameters if each.requires_grad or each.grad is not None]
-            values = Copies([local(parameter) for parameter in moved]).values
+            values = self._memory.put([local(parameter) for parameter in moved])
             self._kept[steps] = dict(zip(moved, values, strict=True))
             if self._schedule.is_close(steps + 1):
                 self._weights.find()
                 self._kept_weights[steps] = {
-                    parameter: {name: tensor.clone() for name, tensor in entries.items()}
+                    parameter: dict(zip(entries, self._memory.put([*entries.values()]), strict=True))
                     for parameter, entries in self._weights.values().items()
                 }
 
@@ -128,10 +130,10 @@ class Snapshots:
             return None, ""
         begin = steps - line.window
         kept = self._kept[begin]
-        self._weights.find(kept)
+        self._weights.find(Back(kept))
         before, along = self._kept_weights.get(begin, {}), set(line.parameters)
         entries = [
-            (name, tensor, before.get(parameter, {}).get(name, kept[parameter].to(tensor.dtype)))
+            (name, tensor, before.get(parameter, {}).get(name, kept[parameter]))
             for parameter, named in self._weights.values().items()
             if parameter in along
             for name, tensor in named.items()
@@ -147,14 +149,23 @@ class Snapshots:
                 optimizer.state.clear()
         for step in self._kept:
             if begin < step < steps:
-                _shorten(self._kept[step], kept, ratio)
+                self._shorten(self._kept[step], kept, ratio)
                 for parameter, named in self._kept_weights.get(step, {}).items():
-                    _shorten(named, before.get(parameter, {}), ratio)
+                    self._shorten(named, before.get(parameter, {}), ratio)
         for _, tensor, value in entries:
-            _scale(value, tensor, ratio)
+            _scale(here(value).to(tensor), tensor, ratio)
         for index, live in enumerate(map(local, line.parameters)):  # one by one: no copy of all is made
             line.write_one(ratio, live.clone(), live, index)
         return ratio, _told_of(resting, "is undone") if resting else ""
+
+    def _shorten(self, ends: dict[Any, Kept], begins: Mapping[Any, Kept], ratio: float) -> None:
+        """Move values towards those that they began at; what has none joined later."""
+        for key, kept in ends.items():
+            if (begin := begins.get(key)) is not None:
+                end = here(kept)
+                _scale(here(begin), end, ratio)
+                if end is not kept:
+                    (ends[key],) = self._memory.put([end])
 
     def drop_all(self) -> None:
         """Drop what is kept, as where lines from there would go through what no step did."""
@@ -168,11 +179,14 @@ class Snapshots:
         self._kept_weights = {step: kept for step, kept in self._kept_weights.items() if step in self._kept}
 
     def state(self) -> dict[str, Any]:
-        """Return the open windows: the value of each parameter, ``None`` where there is none."""
+        """Return the open windows: the value of each parameter, ``None`` where there is none.
+
+        What is kept in host memory is waited for, and comes on the CPU.
+        """
         parameters = self._optimizers.parameters
         shard = shard_of(parameters)
         windows = tuple(
-            (step, tuple(kept[each].clone() if each in kept else None for each in parameters), shard)
+            (step, tuple(saved(kept[each]) if each in kept else None for each in parameters), shard)
             for step, kept in self._kept.items()
         )
         return {"began_warm": self.began_warm, "windows": windows}
@@ -185,7 +199,7 @@ class Snapshots:
             (
                 step,
                 tuple(
-                    {name: each.clone() for name, each in kept.get(parameter, {}).items()}
+                    {name: saved(each) for name, each in kept.get(parameter, {}).items()}
                     for parameter in parameters
                 ),
                 shard,
@@ -222,7 +236,7 @@ class Snapshots:
         self._loaded = [step for step, *_ in state["windows"]] if shard_of(parameters) else []
         self._kept = {
             step: {
-                parameter: value.to(parameter.device, copy=True)
+                parameter: self._put(value, parameter)
                 for parameter, value in zip(parameters, values, strict=True)
                 if value is not None
             }
@@ -230,7 +244,7 @@ class Snapshots:
         }
         self._kept_weights = {
             step: {
-                parameter: {name: value.to(parameter.device, copy=True) for name, value in named.items()}
+                parameter: {name: self._put(value, parameter) for name, value in named.items()}
                 for parameter, named in zip(parameters, values, strict=True)
                 if named
             }
@@ -260,6 +274,11 @@ class Snapshots:
         self._kept_weights = {step: kept for step, kept in self._kept_weights.items() if step in self._kept}
         return _OF_OTHERS if lacking else ""
 
+    def _put(self, value: Tensor, parameter: nn.Parameter) -> Kept:
+        """Keep a value that comes from a state as the snapshot of a parameter is kept."""
+        (kept,) = self._memory.put([value.to(parameter.device)])
+        return kept
+
     def _own(self, windows: Sequence[tuple[int, Sequence[Any], Sequence[int]]]) -> list[tuple[int, Any]]:
         """Return those windows of a state that are of what this rank holds of the parameters."""
         own = shard_of(self._optimizers.parameters)
@@ -272,21 +291,14 @@ _OF_OTHERS = (
 )
 
 
-def _shorten(ends: Mapping[Any, Tensor], begins: Mapping[Any, Tensor], ratio: float) -> None:
-    """Move values towards those that they began at; what has none joined later."""
-    for key, value in ends.items():
-        if (begin := begins.get(key)) is not None:
-            _scale(begin, value, ratio)
-
-
 def _scale(begin: Tensor, end: Tensor, ratio: float) -> None:
     """Scale a step in place; one of length 0 is undone also where it ended at what is not finite."""
     end.copy_(begin) if ratio == 0 else torch.lerp(begin, end, ratio, out=end)
 
 
-def _names_at_rest(entries: Sequence[tuple[str, Tensor, Tensor]]) -> list[str]:
+def _names_at_rest(entries: Sequence[tuple[str, Tensor, Kept]]) -> list[str]:
     """Return the names of weights that steps which moved the parameters did not move."""
-    moved = {name for name, tensor, before in entries if not torch.equal(tensor, before)}
+    moved = {name for name, tensor, before in entries if not torch.equal(tensor, here(before).to(tensor))}
     return sorted({name for name, *_ in entries} - moved)
 
 
