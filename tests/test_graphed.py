@@ -123,19 +123,35 @@ class Generator:
         self.state = state
 
 
-def test_a_capture_that_fails_is_ended_and_leaves_the_generator_as_it_was(monkeypatch):
+@pytest.mark.cpu
+@pytest.mark.parametrize("ends", [True, False], ids=["ends", "end-raises"])
+@pytest.mark.parametrize("fails", [RuntimeError, TypeError, KeyboardInterrupt])
+def test_a_capture_that_fails_is_ended_and_leaves_the_generator_as_it_was(fails, ends, monkeypatch):
     generator, calls = Generator(), []
+    is_allocating = [True]
 
     class Graph:
-        def capture_begin(self, **kwargs):
+        def capture_begin(self, pool, capture_error_mode):
+            assert capture_error_mode == "thread_local"
             calls.append("begin")
 
         def capture_end(self):
             generator.state.spoilt = True
             calls.append("end")
+            if not ends:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            is_allocating[0] = False
+
+        def reset(self):
+            calls.append("reset")
+
+    def end_allocating(device, pool):
+        if not is_allocating[0]:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        is_allocating[0] = False
 
     class Stream:
-        device = None
+        device = torch.device("cpu", 0)
 
         def __init__(self, device):
             pass
@@ -161,15 +177,25 @@ def test_a_capture_that_fails_is_ended_and_leaves_the_generator_as_it_was(monkey
         current_stream=lambda device: None,
         graph_pool_handle=lambda: (0, 1),
     )
+    zeros = torch.zeros
+
+    def launched(*args, **kwargs):
+        calls.append("launch")
+        zeros(*args, **kwargs)
+        raise RuntimeError("what a library had left")  # as the first launch does that looks
+
     monkeypatch.setattr(graphed.torch, "cuda", cuda)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocating, raising=False)
+    monkeypatch.setattr(torch, "zeros", launched)
     recorder, state = graphed.Recorder(SimpleNamespace(index=0)), generator.state
 
-    def fails():
-        raise RuntimeError("operation not permitted when stream is capturing")
+    def captured():
+        raise fails("operation not permitted when stream is capturing")
 
-    with pytest.raises(RuntimeError, match="not permitted"), recorder:
-        recorder.record(fails)
-    assert calls == ["wait", "enter", "begin", "end", "leave"]
+    with pytest.raises(fails, match="not permitted"), recorder:
+        recorder.record(captured)
+    assert calls == ["wait", "enter", "begin", "end", "reset", "leave", "launch"]
+    assert not is_allocating[0]
     assert generator.state is state
     assert not state.spoilt
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from .inplace import rewritten
 from .nearby import Nearby
 from .substitution import run_eagerly
 
-__all__ = ["Graphed"]
+__all__ = ["Graphed", "check_without_waits", "is_on_one_gpu"]
 
 
 class Graphed(Evaluator):
@@ -31,8 +33,9 @@ class Graphed(Evaluator):
     The first probe of a model runs the closure once more before, since what is initialised at first use cannot be
     captured, and compares its loss with a replay's. Compiled modules run as the Python they were made from.
 
-    ``evaluator="auto"`` does not try it: a capture that fails half-way, at a value that is read back for instance,
-    is not something to try on somebody's training.
+    A capture that fails half-way leaves stream, generator and allocator as they were. (A torch without
+    pytorch/pytorch#190348 keeps the memory of the pool reserved.) Other threads go on meanwhile, as a loader's that
+    pins memory.
     """
 
     name = "graphed"
@@ -89,11 +92,10 @@ class Graphed(Evaluator):
             raise EvaluatorError(self.name, model, cause)
 
     def _make_recorder(self, model: nn.Module, line: Line) -> Recorder:
-        devices = {parameter.device for parameter in line.parameters}
-        if len(devices) > 1 or any(device.type != "cuda" for device in devices):
-            where = ", ".join(sorted(map(str, devices)))
+        if not is_on_one_gpu(line.parameters):
+            where = ", ".join(sorted({str(parameter.device) for parameter in line.parameters}))
             raise EvaluatorError(self.name, model, f"its parameters are on {where}, not on one CUDA GPU")
-        return Recorder(devices.pop())
+        return Recorder(line.parameters[0].device)
 
     def _split(self, model: nn.Module, closure: Closure) -> tuple[Callable[[], None], Closure]:
         """Return what sets the random-number streams, which nothing may do inside of a capture, and the rest."""
@@ -130,6 +132,12 @@ class Graphed(Evaluator):
         return replays[0], loss
 
 
+def is_on_one_gpu(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether all parameters are on the same CUDA device."""
+    devices = {parameter.device for parameter in parameters}
+    return len(devices) == 1 and devices.pop().type == "cuda"
+
+
 class Recorder:
     """Captures kernels on one GPU, inside its ``with`` block.
 
@@ -163,11 +171,65 @@ class Recorder:
         # Not torch.cuda.graph: it empties the allocator's cache each time, which training would have to fill again.
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                result = run()
-            finally:
-                graph.capture_end()
+        try:
+            with torch.cuda.stream(self._stream):
+                # Other threads may do what a capture may not.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = run()
+                    graph.capture_end()
+                except BaseException:
+                    self._abandon(graph)
+                    raise
+        except BaseException:
+            # A library may have left CUDA's last error set; the first launch that finds it raises, and clears it.
+            with suppress(RuntimeError):
+                torch.zeros(1, device=self._stream.device)
+            raise
         self._last = graph
         return graph.replay, result
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed, on its stream; what raised tells more than the end of it does."""
+        with suppress(RuntimeError):
+            graph.capture_end()
+        # A torch without pytorch/pytorch#180395 goes on allocating for it if that raised; others raise here.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
+        graph.reset()
+        _ABANDONED.append(graph)
+
+
+_ABANDONED: list[torch.cuda.CUDAGraph] = []  # empty, but that torch may still ask them which streams are theirs
+
+
+def check_without_waits(model: nn.Module, closure: Closure) -> None:
+    """Run the closure as it is, and raise an EvaluatorError if it waits for the GPU: no capture could go through.
+
+    Args:
+        model: the module the closure calls.
+        closure: returns the scalar loss.
+    """
+    with Isolation(model, closure) as isolation, run_eagerly():
+
+        def watched() -> Tensor:
+            with _warnings_of_waits() as told:
+                loss = closure()
+            if any("called a synchronizing" in str(each.message) for each in told):
+                raise EvaluatorError(Graphed.name, model, "its closure waits for the GPU, as to read a value back")
+            return loss
+
+        isolation.run(watched)
+
+
+@contextmanager
+def _warnings_of_waits() -> Iterator[list[warnings.WarningMessage]]:
+    """Have torch warn of waits, and keep its warnings; as errors, they would be raised in other threads too."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield told
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
