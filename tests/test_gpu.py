@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 import warnings
 
 import pytest
@@ -9,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autolr_fast import FACTORS_5, FACTORS_7, AutoLR, InPlace, Rule, Stacked
+from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, Auto, AutoLR, InPlace, Rule, Stacked
 from autolr_fast import _ops as ops
 from autolr_fast._evaluators import EVALUATORS
 from autolr_fast._steps.host_memory import Away, HostMemory, here, saved
 
 from .helpers import assert_same, everything, mlp, train_step
-from .test_evaluators import probed
+from .test_evaluators import probed, run_clock
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 DEVICE = "cuda"
@@ -332,3 +333,93 @@ def test_each_gpu_copies_on_a_stream_of_its_own():
         assert value.device == tensors[number].device == here(value).device
         assert (here(value) == number).all()
     assert len(memory._streams) == 2
+
+
+def reads_back(loss):
+    return loss * (2.0 if loss.item() > 0 else 1.0)
+
+
+def waits_beside(loss):
+    torch.cuda.Event().synchronize()
+    torch.cuda.synchronize()  # which torch does not warn of
+    return loss
+
+
+def forks(loss):
+    """Leaves kernels on another stream, which the captured one never waits for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        loss.square()
+    return loss
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("of_loss", [reads_back, waits_beside, forks])
+def test_auto_goes_on_where_a_capture_fails(of_loss, monkeypatch):
+    """On the same stream, with the same random numbers, an allocator outside of any capture, and no error left."""
+    run_clock(monkeypatch, lambda evaluator: 0.1 if evaluator.name == "graphed" else 0.2)
+    model, plain = classifier(20, 64, 10)
+    model.append(nn.Dropout(0.3))
+    loss_of = lambda model: of_loss(plain(model))  # noqa: E731
+    optimizer, line, _ = probed(model, loss_of)
+    before, stream = everything(model, optimizer), torch.cuda.current_stream()
+    expected = InPlace().losses(model, line, FACTORS_3, lambda: loss_of(model))
+    auto = Auto()
+    for _ in range(2):
+        assert torch.equal(auto.losses(model, line, FACTORS_3, lambda: loss_of(model)), expected)
+        assert_same(before, everything(model, optimizer))
+    assert auto.name == "inplace"
+    assert "not graphed, since its closure" in repr(auto)
+    assert torch.cuda.current_stream() == stream
+    assert not torch.cuda.is_current_stream_capturing()
+    torch.cuda.empty_cache()  # raises if a capture were under way
+    torch.randn(3, device=DEVICE).cpu().pin_memory()
+    train_step(model, optimizer, plain)
+    assert torch.equal(Auto().losses(model, line, FACTORS_3, lambda: plain(model)),
+                       InPlace().losses(model, line, FACTORS_3, lambda: plain(model)))  # fmt: skip
+
+
+def test_auto_takes_a_graph_that_is_faster():
+    model, loss_of = classifier(64, *([64] * 40), 10)  # bound by its launches
+    optimizer, line, _ = probed(model, loss_of)
+    before, auto = everything(model, optimizer), Auto()
+    for factors in (FACTORS_3, FACTORS_7, FACTORS_3[:1]):
+        losses = auto.losses(model, line, factors, lambda: loss_of(model))
+        expected = InPlace().losses(model, line, factors, lambda: loss_of(model))
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0.0)
+        assert_same(before, everything(model, optimizer))
+    assert auto.name == "graphed", repr(auto)
+
+
+def test_a_capture_leaves_other_threads_alone():
+    """A loader's thread pins memory, allocates and waits while graphs are captured."""
+    model, loss_of = classifier(64, *([64] * 40), 10)
+    _, line, _ = probed(model, loss_of)
+    is_over, errors, rounds = threading.Event(), [], [0]
+
+    def work():
+        stream = torch.cuda.Stream()
+        try:
+            with torch.cuda.stream(stream):
+                while not is_over.is_set():
+                    size = 1000 + 1000 * (rounds[0] % 50)
+                    there = torch.empty(size).pin_memory().to(DEVICE, non_blocking=True)
+                    assert there.sum().item() is not None
+                    rounds[0] += 1
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        evaluator = EVALUATORS["graphed"]()
+        expected = InPlace().losses(model, line, FACTORS_5, lambda: loss_of(model))
+        for _ in range(50):
+            losses = evaluator.losses(model, line, FACTORS_5, lambda: loss_of(model))
+            torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0.0)
+    finally:
+        is_over.set()
+        thread.join()
+    assert not errors
+    assert rounds[0] > 0
