@@ -639,8 +639,8 @@ def test_state_dict_is_small_and_plain():
         scheduler.step(lambda: loss_of(model))
     state = scheduler.state_dict()
     assert set(state) == {
-        "version", "saved_by", "last_epoch", "tracker", "pace", "snapshots", "losses", "calibration", "level", "evaluator",
-        "hooks", "state_weights", "calibration_steps", "history", "groups", "optimizers", "held_back",
+        "version", "saved_by", "last_epoch", "tracker", "pace", "snapshots", "losses", "calibration", "level",
+        "evaluator", "hooks", "state_weights", "calibration_steps", "history", "groups", "optimizers", "held_back",
     }  # fmt: skip
     # Besides, one copy of the parameters, from where averages begin.
     assert [start for start, *_ in state["snapshots"].pop("windows")] == [19]

@@ -209,7 +209,7 @@ class _Scan:
                 return
 
     def _fall_in_proportion(self, ratios: Sequence[float]) -> bool:
-        """Whether the loss falls about as much less from each of three ratios to the next as the step is shorter."""
+        """Whether the fall of the loss goes about with the length of the step, over three ratios."""
         least, most = _PROPORTIONAL
         falls = [self.fall(ratio) for ratio in ratios]
         return (
@@ -286,7 +286,7 @@ class _Scan:
         return self.nearest_minimum() == last and self.fall(last) > self._noise()
 
     def is_clear(self, ratio: float, unit: float) -> bool:
-        """Whether the loss has fallen by more than the noise, of which more steps too short to be seen are asked."""
+        """Whether the loss has fallen by more than the noise, which more steps too short to be seen now show."""
         self._unseen = [unit * _STRIDE**power for power in _UNSEEN]
         self.at([each for each in self._unseen if each not in self._costs])
         return self.fall(ratio) > self._noise()
