@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #ifdef __CUDACC__
 #define AUTOLR_HOST_DEVICE __host__ __device__ inline
@@ -22,6 +23,21 @@ struct Parameter {
   const void* second;  // [count]: now, or grad
   void* rows;          // [N, count]: out
   int64_t count;
+};
+
+// Those of a call; somebody else's memory.
+class Parameters {
+ public:
+  Parameters(const Parameter* first, int64_t size) : first_(first), size_(size) {}
+  Parameters(const std::vector<Parameter>& all) : Parameters(all.data(), static_cast<int64_t>(all.size())) {}
+  int64_t size() const { return size_; }
+  const Parameter& operator[](int64_t i) const { return first_[i]; }
+  const Parameter* begin() const { return first_; }
+  const Parameter* end() const { return first_ + size_; }
+
+ private:
+  const Parameter* first_;
+  int64_t size_;
 };
 
 // The type that T is computed in.

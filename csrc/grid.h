@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "formulas.h"
 
@@ -63,9 +62,9 @@ static_assert(sizeof(Launch<kFew>) <= kFewBytes && sizeof(Launch<kMany>) <= kMan
 
 // Call submit(launch, blocks) for every `capacity` parameters, unless they have no elements; tile: elements.
 template <int capacity, typename Submit>
-void for_each_launch_of(const std::vector<Parameter>& parameters, const Factors& factors, int rows, int64_t tile,
+void for_each_launch_of(const Parameters& parameters, const Factors& factors, int rows, int64_t tile,
                         const Submit& submit) {
-  const auto total = static_cast<int64_t>(parameters.size());
+  const int64_t total = parameters.size();
   Launch<capacity> launch;
   launch.factors = factors;
   launch.rows = rows;
@@ -92,8 +91,7 @@ void for_each_launch_of(const std::vector<Parameter>& parameters, const Factors&
 
 // The same for parameters of type T, with the smaller kind of launch if it holds all.
 template <typename T, typename Submit>
-void for_each_launch(const std::vector<Parameter>& parameters, const Factors& factors, int rows,
-                     const Submit& submit) {
+void for_each_launch(const Parameters& parameters, const Factors& factors, int rows, const Submit& submit) {
   if (parameters.size() <= kFew) {
     for_each_launch_of<kFew>(parameters, factors, rows, kTile<T>, submit);
   } else {

@@ -6,7 +6,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "arguments.h"
+#include "operators.h"
 
 // Compiled for several instruction sets, of which the loader picks the machine's: one wheel is fast on each.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -25,7 +25,7 @@ constexpr int64_t kChunk = 2048;
 // Call f(parameter, offset, count) for every chunk of every parameter. All chunks are one range, so that threads
 // share the work evenly whatever the sizes of the parameters.
 template <typename F>
-void for_each_chunk(const std::vector<Parameter>& parameters, const F& f) {
+void for_each_chunk(const Parameters& parameters, const F& f) {
   std::vector<int64_t> first{0};  // [P + 1]: number of the first chunk of each parameter
   first.reserve(parameters.size() + 1);
   for (const Parameter& parameter : parameters) {
@@ -94,10 +94,10 @@ AUTOLR_CLONES void write_gradient_row(const T* __restrict__ now, const T* __rest
 }
 
 template <typename T>
-int64_t bytes_written(const std::vector<Parameter>& parameters, int64_t rows) {
+int64_t bytes_written(const Work& work) {
   int64_t bytes = 0;
-  for (const Parameter& parameter : parameters) {
-    bytes += parameter.count * rows * static_cast<int64_t>(sizeof(T));
+  for (const Parameter& parameter : work.parameters) {
+    bytes += parameter.count * work.rows * static_cast<int64_t>(sizeof(T));
   }
   return bytes;
 }
@@ -106,69 +106,66 @@ int64_t bytes_written(const std::vector<Parameter>& parameters, int64_t rows) {
 // system reports may be the sum over all groups of a machine of which this process sees a part.
 constexpr int64_t kSharedCache = int64_t{32} << 20;
 
-void stack_candidates(std::vector<Tensor> prev, std::vector<Tensor> now, std::vector<double> factors,
-                      std::vector<Tensor> out) {
-  const auto rows = static_cast<int64_t>(factors.size());
-  const std::vector<Parameter> parameters = flatten(prev, now, out, rows);
-  if (parameters.empty()) {
-    return;
-  }
-  dispatch(prev[0].scalar_type(), [&](auto example) {
-    using T = decltype(example);
-    using W = typename Wide<T>::type;
-    [[maybe_unused]] const bool streams = bytes_written<T>(parameters, rows) > kSharedCache;
-    for_each_chunk(parameters, [&](size_t index, int64_t offset, int64_t count) {
-      const Parameter& parameter = parameters[index];
-      const T* before = static_cast<const T*>(parameter.first) + offset;
-      const T* after = static_cast<const T*>(parameter.second) + offset;
-      T* to = static_cast<T*>(parameter.rows) + offset;
+template <typename T, typename W>
+void write_steps(const Work& work, const std::vector<double>& factors) {
+  [[maybe_unused]] const bool streams = bytes_written<T>(work) > kSharedCache;
+  for_each_chunk(work.parameters, [&](size_t index, int64_t offset, int64_t count) {
+    const Parameter& parameter = work.parameters[index];
+    const T* before = static_cast<const T*>(parameter.first) + offset;
+    const T* after = static_cast<const T*>(parameter.second) + offset;
+    T* to = static_cast<T*>(parameter.rows) + offset;
 #ifdef __SSE2__
-      if constexpr (std::is_same_v<T, W>) {
-        if (streams) {
-          for (int64_t n = 0; n < rows; ++n) {
-            stream_step_row(before, after, step_row<W>(factors[n]), count, to + n * parameter.count);
-          }
-          _mm_sfence();  // else another thread that is told of the rows may read what was there before
-          return;
+    if constexpr (std::is_same_v<T, W>) {
+      if (streams) {
+        for (int64_t n = 0; n < work.rows; ++n) {
+          stream_step_row(before, after, step_row<W>(factors[n]), count, to + n * parameter.count);
         }
+        _mm_sfence();  // else another thread that is told of the rows may read what was there before
+        return;
       }
+    }
 #endif
-      for (int64_t n = 0; n < rows; ++n) {
-        write_step_row(before, after, step_row<W>(factors[n]), count, to + n * parameter.count);
-      }
-    });
+    for (int64_t n = 0; n < work.rows; ++n) {
+      write_step_row(before, after, step_row<W>(factors[n]), count, to + n * parameter.count);
+    }
   });
 }
 
-void stack_gradient_candidates(std::vector<Tensor> now, std::vector<Tensor> grad, Tensor lr,
-                               std::vector<double> factors, std::vector<Tensor> out) {
-  const auto rows = static_cast<int64_t>(factors.size());
-  const std::vector<Parameter> parameters = flatten(now, grad, out, rows);
-  check_rates(lr, parameters.size());
-  if (parameters.empty()) {
-    return;
-  }
-  const auto* rates = static_cast<const double*>(lr.const_data_ptr());
-  dispatch(now[0].scalar_type(), [&](auto example) {
-    using T = decltype(example);
-    using W = typename Wide<T>::type;
-    for_each_chunk(parameters, [&](size_t index, int64_t offset, int64_t count) {
-      const Parameter& parameter = parameters[index];
-      const T* value = static_cast<const T*>(parameter.first) + offset;
-      const T* gradient = static_cast<const T*>(parameter.second) + offset;
-      T* to = static_cast<T*>(parameter.rows) + offset;
-      for (int64_t n = 0; n < rows; ++n) {
-        write_gradient_row(value, gradient, gradient_row<W>(factors[n], rates[index]), count, to + n * parameter.count);
-      }
-    });
+template <typename T, typename W>
+void write_gradients(const Work& work, const std::vector<double>& factors) {
+  for_each_chunk(work.parameters, [&](size_t index, int64_t offset, int64_t count) {
+    const Parameter& parameter = work.parameters[index];
+    const T* value = static_cast<const T*>(parameter.first) + offset;
+    const T* gradient = static_cast<const T*>(parameter.second) + offset;
+    T* to = static_cast<T*>(parameter.rows) + offset;
+    for (int64_t n = 0; n < work.rows; ++n) {
+      write_gradient_row(value, gradient, gradient_row<W>(factors[n], work.lr[index]), count, to + n * parameter.count);
+    }
   });
 }
+
+struct Cpu {
+  static constexpr const char* kName = "CPU";
+  static bool serves(const Tensor& tensor) { return tensor.is_cpu(); }
+  static void write(const Work& work, const std::vector<double>& factors) {
+    dispatch(work.dtype, [&](auto example) {
+      using T = decltype(example);
+      using W = typename Wide<T>::type;
+      work.lr == nullptr ? write_steps<T, W>(work, factors) : write_gradients<T, W>(work, factors);
+    });
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(autolr_fast, CPU, library) {
-  library.impl("stack_candidates.cpp", TORCH_BOX(&stack_candidates));
-  library.impl("stack_gradient_candidates.cpp", TORCH_BOX(&stack_gradient_candidates));
+  library.impl("stack_candidates.cpp", TORCH_BOX(&Operators<Cpu>::stack_candidates));
+  library.impl("stack_gradient_candidates.cpp", TORCH_BOX(&Operators<Cpu>::stack_gradient_candidates));
+  library.impl("write.cpp", TORCH_BOX(&Operators<Cpu>::write));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(autolr_fast, CompositeExplicitAutograd, library) {
+  library.impl("plan.cpp", TORCH_BOX(&Operators<Cpu>::plan));
 }
 
 }  // namespace autolr

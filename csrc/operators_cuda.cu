@@ -10,8 +10,8 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include "arguments.h"
 #include "grid.h"
+#include "operators.h"
 
 namespace autolr {
 namespace {
@@ -60,39 +60,23 @@ __global__ void __launch_bounds__(kThreads)
   write_rows<T, is_step>(launch, chunk, rows, thread, memory);
 }
 
-void check_device(const Tensor& tensor, const Tensor& model) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == model.get_device_index(),
-                  "autolr_fast: tensors of several devices, or not of a CUDA device, in one call");
-}
-
-cudaStream_t current_stream(const Tensor& tensor) {
+cudaStream_t current_stream(int64_t device) {
   void* stream = nullptr;
   // The macro that checks this has another name in each version of torch.
-  const auto error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+  const auto error = aoti_torch_get_current_cuda_stream(static_cast<int32_t>(device), &stream);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "autolr_fast: the current stream could not be read");
   return static_cast<cudaStream_t>(stream);
 }
 
-// first_i, second_i [*shape_i], lr [P] or null -> out_i [N, *shape_i]
 template <bool is_step>
-void write_all(const std::vector<Tensor>& first, const std::vector<Tensor>& second, const Tensor* lr,
-               const std::vector<double>& factors, const std::vector<Tensor>& out) {
-  const auto rows = static_cast<int64_t>(factors.size());
-  const std::vector<Parameter> parameters = flatten(first, second, out, rows);
-  if (lr != nullptr) {
-    check_rates(*lr, parameters.size());
-  }
-  if (parameters.empty()) {
-    return;
-  }
-  check_device(lr != nullptr ? *lr : first[0], first[0]);
-  Factors scaled = {{}, lr != nullptr ? static_cast<const double*>(lr->const_data_ptr()) : nullptr};
+void write_all(const Work& work, const std::vector<double>& factors) {
+  Factors scaled = {{}, work.lr};
   std::copy(factors.begin(), factors.end(), scaled.values);
-  const torch::stable::accelerator::DeviceGuard guard(first[0].get_device_index());
-  const cudaStream_t stream = current_stream(first[0]);
-  dispatch(first[0].scalar_type(), [&](auto example) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(work.device));
+  const cudaStream_t stream = current_stream(work.device);
+  dispatch(work.dtype, [&](auto example) {
     using T = decltype(example);
-    for_each_launch<T>(parameters, scaled, static_cast<int>(rows), [&](const auto& launch, int64_t blocks) {
+    for_each_launch<T>(work.parameters, scaled, static_cast<int>(work.rows), [&](const auto& launch, int64_t blocks) {
       constexpr int capacity = sizeof(launch.first_chunk) / sizeof(uint32_t);
       STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "autolr_fast: ", blocks, " blocks in a launch");
       write_rows_kernel<T, is_step, capacity><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(launch);
@@ -102,21 +86,24 @@ void write_all(const std::vector<Tensor>& first, const std::vector<Tensor>& seco
   });
 }
 
-void stack_candidates(std::vector<Tensor> prev, std::vector<Tensor> now, std::vector<double> factors,
-                      std::vector<Tensor> out) {
-  write_all<true>(prev, now, nullptr, factors, out);
-}
-
-void stack_gradient_candidates(std::vector<Tensor> now, std::vector<Tensor> grad, Tensor lr,
-                               std::vector<double> factors, std::vector<Tensor> out) {
-  write_all<false>(now, grad, &lr, factors, out);
-}
+struct Cuda {
+  static constexpr const char* kName = "CUDA";
+  static bool serves(const Tensor& tensor) { return tensor.is_cuda(); }
+  static void write(const Work& work, const std::vector<double>& factors) {
+    work.lr == nullptr ? write_all<true>(work, factors) : write_all<false>(work, factors);
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(autolr_fast, CUDA, library) {
-  library.impl("stack_candidates.cuda", TORCH_BOX(&stack_candidates));
-  library.impl("stack_gradient_candidates.cuda", TORCH_BOX(&stack_gradient_candidates));
+  library.impl("stack_candidates.cuda", TORCH_BOX(&Operators<Cuda>::stack_candidates));
+  library.impl("stack_gradient_candidates.cuda", TORCH_BOX(&Operators<Cuda>::stack_gradient_candidates));
+  library.impl("write.cuda", TORCH_BOX(&Operators<Cuda>::write));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(autolr_fast, CompositeExplicitAutograd, library) {
+  library.impl("plan.cuda", TORCH_BOX(&Operators<Cuda>::plan));
 }
 
 }  // namespace autolr

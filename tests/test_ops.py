@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autolr_fast import FACTORS_7, AutoLR, Rule
 from autolr_fast import _ops as ops
-from autolr_fast._ops.schemas import SCHEMAS, overload
+from autolr_fast._ops.schemas import PLANNERS, SCHEMAS, overload
 
 from .helpers import between, mlp, problem, sgd, train_step
 
 pytestmark = pytest.mark.cpu
 BACKENDS = [backend for backend, reason in ops.explain("cpu") if not reason]
+PLANNED_HERE = [backend for backend in BACKENDS if backend in PLANNERS]
 # dtype, atol, rtol of the exact result in float64
 DTYPES = [
     (torch.float64, 1e-13, 1e-13),
@@ -222,10 +223,14 @@ def test_which_backend_really_runs(backend, evaluator, monkeypatch):
         monkeypatch.setenv("AUTOLR_FAST_BACKEND", backend)
         with Seen() as seen:
             scheduler.step(lambda: loss_of(model))
-        assert set(seen.names) == {f"stack_candidates.{backend}"}
+        assert set(seen.names) == (
+            {f"plan.{backend}", f"write.{backend}"} if backend in PLANNERS else {f"stack_candidates.{backend}"}
+        )
     # after the first probe, which checks the model: one launch writes all rows, of the rule and of the heat
     looks = (1, 1) if evaluator == "stacked" else (len(FACTORS_7), 2)
-    assert seen.names.count(f"stack_candidates.{backend}") == sum(looks)
+    writes = [name for name in seen.names if not name.startswith("plan")]
+    assert len(writes) == sum(looks)
+    assert len(seen.names) - len(writes) == (2 if backend in PLANNERS else 0)
 
 
 @pytest.mark.parametrize("layout", sorted(layouts()))
@@ -243,11 +248,11 @@ def test_only_tensors_without_one_order_are_written_by_torch(backend, layout, mo
         ops.write_candidate(now, now.contiguous(), 2.0, out[0])
         ops.write_gradient_candidate(now, now.contiguous(), lr[:1], 2.0, out[0])
     assert torch.equal(out[0], now - 2.0 * now)
-    mine = backend if kept else "torch"
-    both = {f"{operator}.{name}" for operator in SCHEMAS for name in (backend, mine)}
-    assert set(seen.names) == both
-    assert [name.partition(".")[2] for name in seen.names[-2:]] == [mine, mine]
-    assert len(seen.names) == (4 if kept else 6)
+    written = [name for name in seen.names if not name.startswith("plan")]
+    by_it = [f"write.{backend}"] * 2 if backend in PLANNERS else [f"{name}.{backend}" for name in SCHEMAS]
+    by_torch = [f"{name}.torch" for name in SCHEMAS]
+    assert sorted(written[:-2]) == sorted(by_it if kept else by_it + by_torch)
+    assert written[-2:] == (by_it if kept else by_torch)
 
 
 @pytest.mark.parametrize("operator", SCHEMAS)
@@ -260,6 +265,104 @@ def test_opcheck(backend, operator):
         overload(operator, backend), (prev, now, *rates, [2.0, 0.3], rows_like(prev, 2))
     )
     assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("lr", [None, torch.tensor([0.1, 0.2], dtype=torch.float64)], ids=["step", "gradient"])
+@pytest.mark.parametrize("backend", PLANNED_HERE)
+def test_opcheck_of_a_plan(backend, lr):
+    """What is left out of plan's compares addresses of copies, or needs those of tensors without memory."""
+    ops.choose("cpu", backend)
+    first, second = pairs(torch.float32, ((3,), (4, 5)))
+    out, kinds = rows_like(first, 2), ("test_schema", "test_autograd_registration")
+    results = torch.library.opcheck(overload("plan", backend), (first, second, lr, out), test_utils=kinds)
+    results |= torch.library.opcheck(
+        overload("write", backend), (overload("plan", backend)(first, second, lr, out), [2.0, 0.3], out[0])
+    )
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), DTYPES)
+@pytest.mark.parametrize("backend", PLANNED_HERE)
+def test_a_plan_writes_what_the_operator_does(backend, dtype, atol, rtol):
+    """Also of what the tensors hold later, and with other factors."""
+    ops.choose("cpu", backend)
+    first, second = pairs(dtype)
+    lr = torch.rand(len(first), dtype=torch.float64)
+    for name, rates in (("stack_candidates", None), ("stack_gradient_candidates", lr)):
+        out, expected = rows_like(first, len(FACTORS)), rows_like(first, len(FACTORS))
+        plan = overload("plan", backend)(first, second, rates, out)
+        for factors in (FACTORS, FACTORS[::-1]):
+            second[3].add_(1.0)
+            overload("write", backend)(plan, factors, out[0])
+            overload(name, backend)(first, second, *([] if rates is None else [rates]), factors, expected)
+            assert all(map(torch.equal, out, expected))
+
+
+@pytest.mark.parametrize("backend", PLANNED_HERE)
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda prev, now, out: ([], [], []),
+        lambda prev, now, out: (prev, now[:1], out),
+        lambda prev, now, out: (prev, [now[0].double(), now[1]], out),
+        lambda prev, now, out: (prev, [now[0], now[1].t()], out),
+        lambda prev, now, out: (prev, now, [out[0], out[1][:1]]),
+        lambda prev, now, out: (prev, now, [out[0], out[1].double()]),
+        lambda prev, now, out: (
+            [x.to(t) for x, t in zip(prev, (torch.float32, torch.float64), strict=True)],
+            now,
+            out,
+        ),
+        lambda prev, now, out: ([x[::2] for x in prev], [x[::2] for x in now], [x[:, ::2] for x in out]),
+        lambda prev, now, out: ([prev[0].to("meta"), prev[1]], now, out),
+    ],
+)
+def test_tensors_that_fit_no_single_call_have_no_plan(backend, spoil):
+    ops.choose("cpu", backend)
+    prev, now = pairs(torch.float32, ((4,), (4, 4)))
+    first, second, out = spoil(prev, now, rows_like(prev, 2))
+    assert overload("plan", backend)(first, second, None, out) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_writer_follows_rows_that_move(backend):
+    """Memory that is given back between candidates and comes again elsewhere, as sharded parameters' does."""
+    prev, now = pairs(torch.float32, ((64, 33), (7,)))
+    out = rows_like(prev, 1)
+    write = ops.candidate_writer(prev, now, out, backend=backend)
+    write([2.0])
+    storage = out[0].untyped_storage()
+    place, size = storage.data_ptr(), storage.nbytes()
+    storage.resize_(0)
+    others = [torch.zeros(64 * 33) for _ in range(4)]  # one of them has the place
+    storage.resize_(size)
+    assert storage.data_ptr() != place
+    write([0.3])
+    for before, after, rows in zip(prev, now, out, strict=True):
+        assert torch.equal(rows[0], between(before, after, 0.3))
+    assert not any(other.any() for other in others)
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the package is not compiled here")
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda plan, factors, out: ([], factors, out), "there is no plan"),
+        (lambda plan, factors, out: ([plan[0].double()], factors, out), "there is no plan"),
+        (lambda plan, factors, out: ([plan[0][:-1]], factors, out), "no plan, or one of another version"),
+        (lambda plan, factors, out: ([plan[0] + 1], factors, out), "no plan, or one of another version"),
+        (lambda plan, factors, out: (plan, factors[:1], out), "1 factors, and the plan has 2 rows"),
+        (lambda plan, factors, out: (plan, factors, out.double()), "out is not of the plan"),
+    ],
+)
+def test_the_compiled_operator_checks_its_plan(spoil, says):
+    ops.choose("cpu", "cpp")
+    prev, now = pairs(torch.float32, ((4,), (4, 5)))
+    out = rows_like(prev, 2)
+    plan = overload("plan", "cpp")(prev, now, None, out)
+    with pytest.raises(RuntimeError, match=says):
+        overload("write", "cpp")(*spoil(plan, [2.0, 1.0], out[0]))
+    assert all(rows.isnan().all() for rows in out)
 
 
 def to_complex(tensors):
@@ -341,7 +444,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("error")
     import torch
     from autolr_fast import _ops as ops
-from autolr_fast._ops.schemas import SCHEMAS, overload
+from autolr_fast._ops.schemas import PLANNERS, SCHEMAS, overload
 out = [torch.zeros(1, 3)]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

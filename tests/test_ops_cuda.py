@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from autolr_fast import _ops as ops
-from autolr_fast._ops.schemas import SCHEMAS, overload
+from autolr_fast._ops.schemas import PLANNED, SCHEMAS, overload
 
 ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
@@ -135,11 +135,11 @@ def test_library_registers_the_operators(compiled):
     run("g++", "-shared", "-fPIC", stub, "-o", folder / "stub.so")
     script = f"""
 import ctypes, torch
-from autolr_fast._ops.schemas import SCHEMAS, overload
+from autolr_fast._ops.schemas import PLANNED, SCHEMAS, overload
 if torch.version.cuda is None:
     ctypes.CDLL({str(folder / "stub.so")!r}, ctypes.RTLD_GLOBAL)
 torch.ops.load_library({str(library)!r})
-for name in SCHEMAS:
+for name in (*SCHEMAS, *PLANNED):
     print(name, torch._C._dispatch_has_kernel_for_dispatch_key(f"autolr_fast::{{name}}.cuda", "CUDA"))
 x, keys = torch.zeros(3), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 try:
@@ -147,8 +147,10 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    *registered, refused = run(sys.executable, "-c", script, cwd=ROOT).strip().splitlines()[: len(SCHEMAS) + 1]
-    assert registered == [f"{name} True" for name in SCHEMAS]
+    names = [*SCHEMAS, *PLANNED]
+    *registered, refused = run(sys.executable, "-c", script, cwd=ROOT).strip().splitlines()[: len(names) + 1]
+    # What plans is composite: a list with tensors of several devices comes to it too.
+    assert registered == [f"{name} {name != 'plan'}" for name in names]
     assert "not of a CUDA device" in refused
 
 
@@ -253,15 +255,32 @@ def test_more_than_two_to_the_31_elements():
 
 
 @on_gpu
+@dtypes
+@sizes
+@misaligned
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_plan_writes_what_torch_does(sizes, dtype, skip, gradient):
+    lr = torch.rand(len(sizes), dtype=torch.float64, device=DEVICE) if gradient else None
+    first, second, out = (tensors(sizes, dtype, skip, rows) for rows in (None, None, 3))
+    plan = overload("plan", BACKEND)(first, second, lr, out)
+    for factors in ([2.0, 0.0, 0.125], [1.0, 8.0, -1.0]):
+        expected = [rows.clone() for rows in out]
+        name, rates = ("stack_gradient_candidates", [lr]) if gradient else ("stack_candidates", [])
+        overload(name, "torch")(first, second, *rates, factors, expected)
+        overload("write", BACKEND)(plan, factors, out[0])
+        torch.testing.assert_close(out, expected, atol=0.0, rtol=0.0)
+
+
+@on_gpu
 @pytest.mark.filterwarnings("ignore")  # the profiler's
 def test_one_launch_for_a_model_and_nothing_allocated():
     prev, now, out = (tensors(SIZES["model"], torch.float32, 0, rows) for rows in (None, None, 3))
-    operator = overload("stack_candidates", BACKEND)
-    operator(prev, now, [2.0, 1.0, 0.5], out)
+    write = ops.candidate_writer(prev, now, out, backend=BACKEND)
+    write([2.0, 1.0, 0.5])
     torch.cuda.synchronize()
     allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        operator(prev, now, [2.0, 1.0, 0.5], out)
+        write([2.0, 1.0, 0.5])
         torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
@@ -289,8 +308,10 @@ def test_cuda_graph_replays_on_what_the_tensors_hold_then():
     lr = torch.rand(len(sizes), dtype=torch.float64, device=DEVICE)
     gradient_out = [torch.empty_like(rows) for rows in out]
 
+    write = ops.candidate_writer(prev, now, out, backend=BACKEND)
+
     def step(backend):
-        overload("stack_candidates", backend)(prev, now, factors, out)
+        write(factors) if backend == BACKEND else overload("stack_candidates", backend)(prev, now, factors, out)
         overload("stack_gradient_candidates", backend)(now, prev, lr, factors, gradient_out)
         return [rows.clone() for rows in (*out, *gradient_out)]
 
@@ -315,10 +336,15 @@ def test_opcheck():
     lr = torch.rand(2, dtype=torch.float64, device=DEVICE)
     torch.library.opcheck(overload("stack_candidates", BACKEND), (prev, now, [2.0, 1.0], out))
     torch.library.opcheck(overload("stack_gradient_candidates", BACKEND), (now, prev, lr, [2.0, 1.0], out))
+    for rates in (None, lr):
+        kinds = ("test_schema", "test_autograd_registration")
+        torch.library.opcheck(overload("plan", BACKEND), (now, prev, rates, out), test_utils=kinds)
+        plan = overload("plan", BACKEND)(now, prev, rates, out)
+        torch.library.opcheck(overload("write", BACKEND), (plan, [2.0, 1.0], out[0]))
 
 
 @on_gpu
 def test_tensors_of_the_host_are_refused():
     now, out = tensors([5], torch.float32), tensors([5], torch.float32, 0, 1)
-    with pytest.raises(RuntimeError, match="several devices"):
+    with pytest.raises(RuntimeError, match="on the tensors' device"):
         overload("stack_gradient_candidates", BACKEND)(now, now, torch.ones(1, dtype=torch.float64), [1.0], out)

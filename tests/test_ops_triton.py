@@ -150,11 +150,12 @@ def test_offsets_are_64_bit():
     integers = {"dtype": torch.int64, "device": DEVICE}
     owners = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     sizes = torch.tensor([far + 200, -far // 256], **integers)
-    addresses = torch.tensor([tensor.data_ptr() - 4 * far for tensor in (prev, now, out)], **integers)
+    places = torch.tensor([*(tensor.data_ptr() - 4 * far for tensor in (prev, now, out)), 0], **integers)
     table = torch.tensor([0.0, 1.0], device=DEVICE)
     untouched = out[200:].clone()
     backend._rows_kernel[1,](
-        *(owners, sizes, addresses, 1, table, 1, None),
+        *(owners, sizes, places, 1, table, 1),
+        has_lr=False,
         dtype=tl.float32,
         block=256,
         num_warps=1,
@@ -191,6 +192,51 @@ def test_tables_are_uploaded_once_and_follow_the_addresses():
     call(prev[:3], moved, [2.0, 0.5], out[:3])
     assert backend._table.cache_info().misses == before[0] + 1
     assert torch.equal(out[0][0], 7.0 + (7.0 - prev[0]))
+
+
+@runs
+def test_a_writer_prepares_its_tables_once_and_again_where_rows_move():
+    prev, now = tensors(torch.float32), tensors(torch.float32)
+    out = tensors(torch.float32, 2)
+    write = ops.candidate_writer(prev[:3], now[:3], out[:3], backend="triton")
+    before = backend._table.cache_info().misses, backend._layout.cache_info().misses
+    for factor in (2.0, 0.25):
+        write([factor, 1.0])
+        base = prev[0] if factor < 0.5 else now[0] - (now[0] - prev[0])
+        torch.testing.assert_close(out[0][0], base + factor * (now[0] - prev[0]))
+    # the factors' alone
+    assert (backend._table.cache_info().misses, backend._layout.cache_info().misses) == (before[0] + 2, before[1])
+    storage = out[2].untyped_storage()
+    place, size = storage.data_ptr(), storage.nbytes()
+    storage.resize_(0)
+    others = [torch.zeros_like(now[2]).expand(2, -1).contiguous() for _ in range(4)]  # one of them has the place
+    storage.resize_(size)
+    assert storage.data_ptr() != place
+    write([2.0, 1.0])
+    assert torch.equal(out[2][1], now[2])
+    assert not any(other.any() for other in others)
+
+
+@runs
+@pytest.mark.parametrize("gradient", [False, True])
+def test_opcheck_of_a_plan(gradient):
+    first, second, *lr, _, out = arguments(torch.float32)[f"stack_{'gradient_' * gradient}candidates"]
+    operands = (first, second, lr[0] if gradient else None, out)
+    plan, write = (getattr(torch.ops.autolr_fast, name).triton for name in ("plan", "write"))
+    torch.library.opcheck(plan, operands, test_utils=("test_schema", "test_autograd_registration"))
+    torch.library.opcheck(write, (plan(*operands), [2.0, 0.25], out[0]))
+    assert plan(first, second[:1], *operands[2:]) == []
+    assert plan(first, [tensor.double() for tensor in second], *operands[2:]) == []
+
+
+@runs
+def test_a_plan_serves_one_stream():
+    """Its tables are read in the order in which they are uploaded; a writer makes another."""
+    first, second, _, out = arguments(torch.float32)["stack_candidates"]
+    plan = torch.ops.autolr_fast.plan.triton(first, second, None, out)
+    plan[0][1] += 1  # as if it had been made on another
+    with pytest.raises(RuntimeError, match="serves the stream that it was made on"):
+        torch.ops.autolr_fast.write.triton(plan, [2.0, 0.25], out[0])
 
 
 def arguments(dtype, device=None):

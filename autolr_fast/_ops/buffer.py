@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["StackedBuffer", "dense_strides"]
+__all__ = ["StackedBuffer", "are_alike", "are_dense", "dense_strides"]
 
 
 class StackedBuffer:
@@ -62,3 +62,24 @@ def dense_strides(parameter: Tensor) -> tuple[int, ...]:
     if parameter.is_contiguous():
         return parameter.stride()
     return torch.empty_like(parameter, device="meta").stride()
+
+
+def are_dense(rows: Tensor, *inputs: Tensor) -> bool:
+    """Whether the elements of all lie in one order without gaps, one row after another."""
+    layout = dense_strides(inputs[0])
+    follow = rows.shape[0] == 1 or rows.stride(0) == inputs[0].numel()
+    return follow and layout == rows.stride()[1:] and all(layout == tensor.stride() for tensor in inputs)
+
+
+def are_alike(first: Sequence[Tensor], second: Sequence[Tensor], out: Sequence[Tensor]) -> bool:
+    """Whether P inputs, others like them, and rows ``[N, *shape]`` of each are dense, of one dtype and device."""
+    if not (first and len(first) == len(second) == len(out) and out[0].dim()):
+        return False
+    kind, count = (first[0].dtype, first[0].device), len(out[0])
+    return all(
+        kind == (one.dtype, one.device) == (other.dtype, other.device) == (rows.dtype, rows.device)
+        and one.shape == other.shape
+        and rows.shape == (count, *one.shape)
+        and are_dense(rows, one, other)
+        for one, other, rows in zip(first, second, out, strict=True)
+    )

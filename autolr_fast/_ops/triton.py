@@ -12,13 +12,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .buffer import are_alike
 from .schemas import LIBRARY
 
 __all__: list[str] = []
@@ -36,47 +37,107 @@ _captured: list[Tensor] = []
 """Tables that CUDA graphs read whenever they are replayed."""
 
 
+class _Call(NamedTuple):
+    """What does not depend on the factors; what a plan holds.
+
+    Attributes:
+        block: elements of a program.
+        stream: that the tables are uploaded on.
+        has_lr: 1 or 0.
+        owners: see :func:`_layout`.
+        sizes: see :func:`_layout`.
+        places: [3 * P + 1] int64, the addresses of the tensors in the order of the operator, and of lr.
+    """
+
+    block: int
+    stream: int
+    has_lr: int
+    owners: Tensor
+    sizes: Tensor
+    places: Tensor
+
+
 def _stack_candidates(
     prev: Sequence[Tensor], now: Sequence[Tensor], factors: Sequence[float], out: Sequence[Tensor]
 ) -> None:
-    # The end that is nearer is the base, as in torch.lerp.
-    from_prev = [abs(factor) < 0.5 for factor in factors]
-    scales = [factor if near else factor - 1.0 for factor, near in zip(factors, from_prev, strict=True)]
-    _launch((prev, now, out), (*from_prev, *scales))
+    if any(tensor.numel() for tensor in prev):
+        _launch(_prepare(prev, now, None, out), factors, out[0])
 
 
 def _stack_gradient_candidates(
     now: Sequence[Tensor], grad: Sequence[Tensor], lr: Tensor, factors: Sequence[float], out: Sequence[Tensor]
 ) -> None:
-    scales = [-factor for factor in factors]
-    _launch((now, grad, out), (*([True] * len(factors)), *scales), lr.contiguous())
+    if any(tensor.numel() for tensor in now):
+        rates = lr.contiguous()  # lives until the kernel is launched: what takes its memory next comes after
+        _launch(_prepare(now, grad, rates, out), factors, out[0])
 
 
-def _launch(tensors: Sequence[Sequence[Tensor]], scales: Sequence[float], lr: Tensor | None = None) -> None:
-    """Run the kernel over all tensors; scales [2, rows]: is the base the first input?, coefficient."""
-    numels = tuple(tensor.numel() for tensor in tensors[0])
-    if not any(numels):
-        return
-    device, stored = tensors[0][0].device, tensors[0][0].dtype
-    # The product with lr, which only the device knows, is one of float64 whatever the dtype.
-    wide = torch.promote_types(stored, torch.float32) if lr is None else torch.float64
+def _plan(
+    first: Sequence[Tensor], second: Sequence[Tensor], lr: Tensor | None, out: Sequence[Tensor]
+) -> list[Tensor]:
+    if not are_alike(first, second, out) or not any(tensor.numel() for tensor in first):
+        return []
+    *head, owners, sizes, places = _prepare(first, second, lr, out)
+    # The caches may hand out the same tables again, and a result of an operator must be nobody else's.
+    return [torch.tensor(head, device="cpu"), *(table.view_as(table) for table in (owners, sizes, places))]
+
+
+def _write(plan: Sequence[Tensor], factors: Sequence[float], out: Tensor) -> None:
+    head, *tables = plan
+    _launch(_Call(*head.tolist(), *tables), factors, out)
+
+
+def _prepare(first: Sequence[Tensor], second: Sequence[Tensor], lr: Tensor | None, out: Sequence[Tensor]) -> _Call:
+    device = out[0].device
+    numels = tuple(tensor.numel() for tensor in first)
     # Eight elements a thread. A small model is cut finer, or it would leave most of the GPU idle.
     block = 1024 if sum(numels) >= 2**19 else 256
-    with torch.cuda.device_of(tensors[0][0]):  # where Triton launches
-        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
+    addresses = [tensor.data_ptr() for group in (first, second, out) for tensor in group]
+    addresses.append(0 if lr is None else lr.data_ptr())
+    with torch.cuda.device_of(out[0]):
+        stream = _current_stream(device)
         owners, sizes = _layout(numels, block, device, stream)
-        addresses = tuple(tensor.data_ptr() for group in tensors for tensor in group)
-        places = _table(addresses, torch.int64, device, stream)
-        table = _table(tuple(scales), wide, device, stream)
+        places = _table(tuple(addresses), torch.int64, device, stream)
+    return _Call(block, stream, int(lr is not None), owners, sizes, places)
+
+
+def _launch(call: _Call, factors: Sequence[float], out: Tensor) -> None:
+    """Run the kernel over all tensors."""
+    device = out.device
+    # The product with lr, which only the device knows, is one of float64 whatever the dtype.
+    wide = torch.float64 if call.has_lr else torch.promote_types(out.dtype, torch.float32)
+    scales = _gradient_scales(factors) if call.has_lr else _step_scales(factors)
+    with torch.cuda.device_of(out):  # where Triton launches
+        stream = _current_stream(device)
+        if stream != call.stream:
+            raise RuntimeError("a plan of autolr_fast's backend 'triton' serves the stream that it was made on")
+        table = _table(scales, wide, device, stream)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            _captured.extend((owners, sizes, places, table))
-        _rows_kernel[len(owners),](
-            *(owners, sizes, places, len(numels), table, len(scales) // 2, lr),
-            dtype=_DTYPES[stored],
-            block=block,
-            num_warps=block // 256,
+            _captured.extend((call.owners, call.sizes, call.places, table))
+        _rows_kernel[len(call.owners),](
+            *(call.owners, call.sizes, call.places, call.sizes.shape[1], table, len(factors)),
+            has_lr=bool(call.has_lr),
+            dtype=_DTYPES[out.dtype],
+            block=call.block,
+            num_warps=call.block // 256,
             enable_fp_fusion=False,
         )
+
+
+def _step_scales(factors: Sequence[float]) -> tuple[float, ...]:
+    """Return [2, rows]: is the base the first input?, coefficient. The end that is nearer is, as in torch.lerp."""
+    from_prev = [abs(factor) < 0.5 for factor in factors]
+    scales = [factor if near else factor - 1.0 for factor, near in zip(factors, from_prev, strict=True)]
+    return (*from_prev, *scales)
+
+
+def _gradient_scales(factors: Sequence[float]) -> tuple[float, ...]:
+    """Return [2, rows], coefficients before they are multiplied by lr."""
+    return (*([True] * len(factors)), *(-factor for factor in factors))
+
+
+def _current_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 # A table is a function of its key alone, and holds nothing but numbers: it keeps no tensor alive, and is right
@@ -108,19 +169,21 @@ def _upload(table: Tensor, device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True)
 
 
-# Kernels. owners, sizes: see _layout. addresses [3, count] int64, of the tensors in the order of the operator.
+# Kernels. owners, sizes: see _layout. places: see _Call.
 
 
 @triton.jit(do_not_specialize=["count", "rows"])
-def _rows_kernel(owners, sizes, addresses, count, table, rows, lr, dtype: tl.constexpr, block: tl.constexpr):
-    """first_i, second_i [numel_i], lr [count] or None -> out_i [rows, numel_i]; table: scales of _launch."""
+def _rows_kernel(
+    owners, sizes, places, count, table, rows, has_lr: tl.constexpr, dtype: tl.constexpr, block: tl.constexpr
+):
+    """first_i, second_i [numel_i], lr [count] if there is one -> out_i [rows, numel_i]; table: the scales."""
     program = tl.program_id(0)
     index = tl.load(owners + program).to(tl.int64)
     numel, first_program = tl.load(sizes + index), tl.load(sizes + count + index)
     start = (program - first_program) * block
-    place = addresses + index
+    place = places + index
     first, second, out = tl.load(place), tl.load(place + count), tl.load(place + 2 * count)
-    rate = None if lr is None else tl.load(lr + index)
+    rate = tl.load(tl.load(places + 3 * count).to(tl.pointer_type(tl.float64)) + index) if has_lr else None
     if _is_aligned(first | second | out, numel, dtype):
         _write_rows(first, second, out, numel, start, table, rows, rate, dtype, block, True)
     else:
@@ -190,7 +253,9 @@ def _store(address, offsets, value, mask, dtype: tl.constexpr, aligned: tl.const
 for _name, _function in {
     "stack_candidates": _stack_candidates,
     "stack_gradient_candidates": _stack_gradient_candidates,
+    "write": _write,
 }.items():
     LIBRARY.impl(f"{_name}.triton", _function, "CUDA")  # type: ignore[no-untyped-call]
     if _IS_INTERPRETED.value:
         LIBRARY.impl(f"{_name}.triton", _function, "CPU")  # type: ignore[no-untyped-call]
+LIBRARY.impl("plan.triton", _plan, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

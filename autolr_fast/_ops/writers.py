@@ -1,22 +1,22 @@
-"""Writers: operands are checked and grouped once, and the candidates of N factors written again and again.
+"""Writers: operands are checked and planned once, and the candidates of N factors written again and again.
 
-The functions check and group; the operators only write, one call for each device and dtype. Rows that are not
-dense, or not in the order of their inputs, are written by the backend ``torch``.
+The operators write by a plan, one call for each device and dtype: boxing and checking a model's tensors takes the
+host longer than a GPU writes them. Rows that are not dense, or not in the order of their inputs, are written by the
+backend ``torch``.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import plain  # noqa: F401, registers the backend that serves everywhere
 from .backends import choose
-from .buffer import dense_strides
-from .schemas import overload
+from .buffer import are_dense
+from .schemas import PLANNERS, overload
 
 __all__ = [
     "MAX_ROWS",
@@ -46,7 +46,8 @@ def candidate_writer(
     Args:
         prev: P tensors, of any shapes, strides, floating-point dtypes and devices.
         now: P tensors like them; one of other strides is copied, and may not change between calls.
-        out: P tensors ``[N, *shape]``, written in place; they share no memory with the inputs.
+        out: P tensors ``[N, *shape]``, written in place; they share no memory with the inputs. Between calls their
+            memory may move, and that of the inputs may not.
         backend: one asked for by name; see :mod:`autolr_fast._ops.backends`.
 
     Raises:
@@ -107,7 +108,7 @@ def write_candidate(prev: Tensor, now: Tensor, factor: float, out: Tensor) -> No
         [2.0, 5.0]
     """
     rows = out.unsqueeze(0)
-    if _are_dense(rows, prev, now):
+    if are_dense(rows, prev, now):
         overload("stack_candidates", choose(now.device.type))([prev], [now], [factor], [rows])
     else:
         candidate_writer([prev], [now], [rows])([factor])
@@ -131,7 +132,7 @@ def write_gradient_candidate(now: Tensor, grad: Tensor, lr: Tensor, factor: floa
         [-0.5, -0.5]
     """
     rows = out.unsqueeze(0)
-    if _are_dense(rows, now, grad):
+    if are_dense(rows, now, grad):
         overload("stack_gradient_candidates", choose(now.device.type))([now], [grad], lr, [factor], [rows])
     else:
         gradient_candidate_writer([now], [grad], lr, [rows])([factor])
@@ -149,7 +150,70 @@ def _writer(
     if lr is not None and (lr.dtype != torch.float64 or lr.shape != (len(out),)):
         raise ValueError(f"lr is {lr.dtype} {list(lr.shape)}: expected torch.float64 [{len(out)}], one a tensor")
     count = len(out[0]) if out else 0
-    groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}  # indices of the tensors with elements
+    if first and (chosen := choose(first[0].device.type, backend)) in PLANNERS:
+        # Most models are of one kind, which an operator sees sooner than Python does.
+        planned = Planned(chosen, first, second, lr, out)
+        if planned.plan:
+            return functools.partial(_write, count, [planned])
+    calls: list[Writer] = []
+    for device, is_dense, indices in _kinds(first, second, out, count):
+        chosen = choose(device.type, backend) if is_dense else "torch"
+        one, rows = [first[i] for i in indices], [out[i] for i in indices]
+        other = [_in_order(second[i], first[i]) for i in indices]
+        rates = None if lr is None else lr[indices].to(device)
+        if chosen in PLANNERS:
+            calls.append(Planned(chosen, one, other, rates, rows))
+        else:
+            operands = (one, other) if rates is None else (one, other, rates)
+            calls.append(functools.partial(_write_plainly, overload(name, chosen), operands, rows))
+    return functools.partial(_write, count, calls)
+
+
+class Planned:
+    """Writes by a plan, and makes another when its rows lie elsewhere, or Triton's tables are another stream's.
+
+    Args:
+        backend: one of those that plan.
+        first, second, lr, out: as the operator ``plan`` takes them, on one device but for ``lr``.
+
+    Attributes:
+        plan: nothing if the tensors fit no single call.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        first: Sequence[Tensor],
+        second: Sequence[Tensor],
+        lr: Tensor | None,
+        out: Sequence[Tensor],
+    ):
+        rates = None if lr is None else lr.to(first[0].device).contiguous()
+        self._make = functools.partial(overload("plan", backend), list(first), list(second), rates, list(out))
+        self._write = overload("write", backend)
+        self._depends_on = [rows.data_ptr for rows in out]
+        if backend == "triton" and out and out[0].is_cuda:
+            self._depends_on.append(functools.partial(_stream_of, out[0].device))
+        self._anchor = out[0].detach() if out else None
+        self._found = [ask() for ask in self._depends_on]
+        self.plan: list[Tensor] = self._make()
+
+    def __call__(self, factors: Sequence[float]) -> None:
+        found = [ask() for ask in self._depends_on]
+        if found != self._found:
+            self._found, self.plan = found, self._make()
+        self._write(self.plan, factors, self._anchor)
+
+
+def _stream_of(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _kinds(
+    first: Sequence[Tensor], second: Sequence[Tensor], out: Sequence[Tensor], count: int
+) -> list[tuple[torch.device, bool, list[int]]]:
+    """Return the indices of the tensors with elements by device, dtype, and whether they are dense."""
+    groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
     for index, (one, other, rows) in enumerate(zip(first, second, out, strict=True)):
         kind = (one.dtype, one.device)
         same = kind == (other.dtype, other.device) == (rows.dtype, rows.device)
@@ -157,23 +221,15 @@ def _writer(
             found = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (one, other, rows))
             raise ValueError(f"tensors {index} are {found}: expected two alike, and {count} rows like them")
         if one.numel():
-            groups.setdefault((one.device, one.dtype, _are_dense(rows, one)), []).append(index)
-    calls: list[tuple[Callable[..., Any], list[Tensor]]] = []
-    for (device, _, is_dense), indices in groups.items():
-        chosen = choose(device.type, backend)
-        operands: list[Any] = [[first[i] for i in indices], [_in_order(second[i], first[i]) for i in indices]]
-        if lr is not None:
-            operands.append((lr if len(indices) == len(out) else lr[indices]).to(device))
-        operator = functools.partial(overload(name, chosen if is_dense else "torch"), *operands)
-        calls.append((operator, [out[i] for i in indices]))
-    return functools.partial(_write, count, calls)
+            groups.setdefault((one.device, one.dtype, are_dense(rows, one)), []).append(index)
+    return [(device, is_dense, indices) for (device, _, is_dense), indices in groups.items()]
 
 
-def _are_dense(rows: Tensor, *inputs: Tensor) -> bool:
-    """Whether the elements of all lie in one order without gaps, one row after another."""
-    layout = dense_strides(inputs[0])
-    follow = rows.shape[0] == 1 or rows.stride(0) == inputs[0].numel()
-    return follow and layout == rows.stride()[1:] and all(layout == tensor.stride() for tensor in inputs)
+@torch.no_grad()
+def _write_plainly(
+    operator: Callable[..., None], operands: Sequence[object], rows: Sequence[Tensor], factors: Sequence[float]
+) -> None:
+    operator(*operands, factors, rows)
 
 
 def _in_order(tensor: Tensor, model: Tensor) -> Tensor:
@@ -181,12 +237,11 @@ def _in_order(tensor: Tensor, model: Tensor) -> Tensor:
     return tensor if tensor.stride() == model.stride() else torch.empty_like(model).copy_(tensor)
 
 
-@torch.no_grad()
-def _write(count: int, calls: Sequence[tuple[Callable[..., Any], list[Tensor]]], factors: Sequence[float]) -> None:
+def _write(count: int, calls: Sequence[Writer], factors: Sequence[float]) -> None:
     if not 1 <= len(factors) <= MAX_ROWS:
         raise ValueError(f"factors has {len(factors)} values: give 1 to {MAX_ROWS}")
     if calls and len(factors) != count:
         raise ValueError(f"factors has {len(factors)} values and out {count} rows: give one for each")
     scales = [float(factor) for factor in factors]
-    for operator, rows in calls:
-        operator(scales, rows)
+    for call in calls:
+        call(scales)
