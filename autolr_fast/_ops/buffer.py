@@ -75,11 +75,20 @@ def are_alike(first: Sequence[Tensor], second: Sequence[Tensor], out: Sequence[T
     """Whether P inputs, others like them, and rows ``[N, *shape]`` of each are dense, of one dtype and device."""
     if not (first and len(first) == len(second) == len(out) and out[0].dim()):
         return False
-    kind, count = (first[0].dtype, first[0].device), len(out[0])
-    return all(
-        kind == (one.dtype, one.device) == (other.dtype, other.device) == (rows.dtype, rows.device)
-        and one.shape == other.shape
-        and rows.shape == (count, *one.shape)
-        and are_dense(rows, one, other)
-        for one, other, rows in zip(first, second, out, strict=True)
+    kind = first[0].dtype, first[0].device, len(out[0])
+    return all(_are_alike(*each, *kind) for each in zip(first, second, out, strict=True))
+
+
+def _are_alike(
+    one: Tensor, other: Tensor, rows: Tensor, dtype: torch.dtype, device: torch.device, count: int
+) -> bool:
+    shape, strides, of_rows = one.shape, one.stride(), rows.stride()
+    return (
+        one.dtype == other.dtype == rows.dtype == dtype
+        and one.device == other.device == rows.device == device
+        and shape == other.shape
+        and rows.shape == (count, *shape)
+        and strides == other.stride() == of_rows[1:]
+        and (count == 1 or of_rows[0] == one.numel() or not one.numel())
+        and (one.is_contiguous() or strides == dense_strides(one))
     )

@@ -97,43 +97,28 @@ def _prepare(first: Sequence[Tensor], second: Sequence[Tensor], lr: Tensor | Non
     with torch.cuda.device_of(out[0]):
         stream = _current_stream(device)
         owners, sizes = _layout(numels, block, device, stream)
-        places = _table(tuple(addresses), torch.int64, device, stream)
+        places = _table(tuple(addresses), device, stream)
     return _Call(block, stream, int(lr is not None), owners, sizes, places)
 
 
 def _launch(call: _Call, factors: Sequence[float], out: Tensor) -> None:
     """Run the kernel over all tensors."""
-    device = out.device
-    # The product with lr, which only the device knows, is one of float64 whatever the dtype.
-    wide = torch.float64 if call.has_lr else torch.promote_types(out.dtype, torch.float32)
-    scales = _gradient_scales(factors) if call.has_lr else _step_scales(factors)
+    device, has_lr = out.device, bool(call.has_lr)
     with torch.cuda.device_of(out):  # where Triton launches
         stream = _current_stream(device)
         if stream != call.stream:
             raise RuntimeError("a plan of autolr_fast's backend 'triton' serves the stream that it was made on")
-        table = _table(scales, wide, device, stream)
+        scales = _scales(tuple(factors), has_lr, out.dtype, device, stream)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            _captured.extend((call.owners, call.sizes, call.places, table))
+            _captured.extend((call.owners, call.sizes, call.places, scales))
         _rows_kernel[len(call.owners),](
-            *(call.owners, call.sizes, call.places, call.sizes.shape[1], table, len(factors)),
-            has_lr=bool(call.has_lr),
+            *(call.owners, call.sizes, call.places, call.sizes.shape[1], scales, len(factors)),
+            has_lr=has_lr,
             dtype=_DTYPES[out.dtype],
             block=call.block,
             num_warps=call.block // 256,
             enable_fp_fusion=False,
         )
-
-
-def _step_scales(factors: Sequence[float]) -> tuple[float, ...]:
-    """Return [2, rows]: is the base the first input?, coefficient. The end that is nearer is, as in torch.lerp."""
-    from_prev = [abs(factor) < 0.5 for factor in factors]
-    scales = [factor if near else factor - 1.0 for factor, near in zip(factors, from_prev, strict=True)]
-    return (*from_prev, *scales)
-
-
-def _gradient_scales(factors: Sequence[float]) -> tuple[float, ...]:
-    """Return [2, rows], coefficients before they are multiplied by lr."""
-    return (*([True] * len(factors)), *(-factor for factor in factors))
 
 
 def _current_stream(device: torch.device) -> int:
@@ -144,8 +129,22 @@ def _current_stream(device: torch.device) -> int:
 # for whichever tensors lie at its addresses. With the stream in the key it is written, read and, once it is
 # dropped from the cache, written over by the allocator in the order of that one stream.
 @functools.lru_cache(maxsize=32)
-def _table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
-    return _upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
+def _table(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    return _upload(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
+
+
+@functools.lru_cache(maxsize=32)
+def _scales(
+    factors: tuple[float, ...], has_lr: bool, stored: torch.dtype, device: torch.device, stream: int
+) -> Tensor:
+    """Return [2, rows]: is the base the first input?, coefficient."""
+    if has_lr:  # the product with lr, which only the device knows, is one of float64 whatever the dtype
+        wide, from_first = torch.float64, [True] * len(factors)
+        coefficients = [-factor for factor in factors]
+    else:  # the end that is nearer is the base, as in torch.lerp
+        wide, from_first = torch.promote_types(stored, torch.float32), [abs(factor) < 0.5 for factor in factors]
+        coefficients = [f if near else f - 1.0 for f, near in zip(factors, from_first, strict=True)]
+    return _upload(torch.tensor([*from_first, *coefficients], dtype=wide, device="cpu"), device)
 
 
 @functools.lru_cache(maxsize=8)
