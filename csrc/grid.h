@@ -18,10 +18,9 @@
 
 namespace autolr {
 
-constexpr int kThreads = 128;              // of a block; at least kMaxRows
-constexpr int kVectorBytes = 16;           // the widest load and store
-constexpr int64_t kManyBlocks = 132 * 64;  // several times what an H100 holds at once: the last ones cost little
-constexpr int64_t kMostTiles = 8;          // of a chunk: more hide no more of what it costs to start a block
+constexpr int kThreads = 512;     // of a block; at least kMaxRows
+constexpr int kBlocksOfAnSm = 2;  // README.md in benchmarks says why so few, and so wide
+constexpr int kVectorBytes = 16;  // the widest load and store
 
 template <typename T>
 constexpr int kWidth = kVectorBytes / sizeof(T);  // elements of a vector: a thread's share of a tile
@@ -36,15 +35,16 @@ struct Factors {
 
 // What a kernel is given, by value: nothing is uploaded that a CUDA graph or a stream could find stale.
 //
-// A block works on one chunk of one parameter of the model.
+// All tiles are one range, and block b of B takes the tiles b, b + B, b + 2 B: blocks that run at the same time work
+// next to each other.
 template <int capacity>
 struct Launch {
   Parameter parameters[capacity];
-  uint32_t first_chunk[capacity];  // number of the first chunk of each parameter: counts of the chunks, summed up
-  int64_t chunk;                   // elements
-  int32_t count;                   // of the parameters
-  int32_t begin;                   // place of the first of them in the operator's list
-  int32_t rows;                    // N
+  uint32_t first_tile[capacity];  // number of the first tile of each parameter: counts of the tiles, summed up
+  uint32_t tiles;                 // of all
+  int32_t count;                  // of the parameters
+  int32_t begin;                  // place of the first of them in the operator's list
+  int32_t rows;                   // N
   Factors factors;
 };
 
@@ -63,7 +63,7 @@ static_assert(sizeof(Launch<kFew>) <= kFewBytes && sizeof(Launch<kMany>) <= kMan
 // Call submit(launch, blocks) for every `capacity` parameters, unless they have no elements; tile: elements.
 template <int capacity, typename Submit>
 void for_each_launch_of(const Parameters& parameters, const Factors& factors, int rows, int64_t tile,
-                        const Submit& submit) {
+                        int64_t most_blocks, const Submit& submit) {
   const int64_t total = parameters.size();
   Launch<capacity> launch;
   launch.factors = factors;
@@ -74,50 +74,50 @@ void for_each_launch_of(const Parameters& parameters, const Factors& factors, in
     int64_t tiles = 0;
     for (int i = 0; i < launch.count; ++i) {
       launch.parameters[i] = parameters[begin + i];
-      tiles += (parameters[begin + i].count + tile - 1) / tile;
+      launch.first_tile[i] = static_cast<uint32_t>(tiles);
+      tiles += (launch.parameters[i].count + tile - 1) / tile;
     }
-    // A chunk of a small model is one tile, so that it fills the GPU; large ones start fewer blocks.
-    launch.chunk = tile * std::clamp<int64_t>(tiles / kManyBlocks, 1, kMostTiles);
-    int64_t blocks = 0;
-    for (int i = 0; i < launch.count; ++i) {
-      launch.first_chunk[i] = static_cast<uint32_t>(blocks);
-      blocks += (launch.parameters[i].count + launch.chunk - 1) / launch.chunk;
-    }
-    if (blocks > 0) {
-      submit(launch, blocks);
+    launch.tiles = static_cast<uint32_t>(tiles);
+    if (tiles > 0) {
+      submit(launch, std::min(tiles, most_blocks));
     }
   }
 }
 
 // The same for parameters of type T, with the smaller kind of launch if it holds all.
 template <typename T, typename Submit>
-void for_each_launch(const Parameters& parameters, const Factors& factors, int rows, const Submit& submit) {
+void for_each_launch(const Parameters& parameters, const Factors& factors, int rows, int64_t most_blocks,
+                     const Submit& submit) {
   if (parameters.size() <= kFew) {
-    for_each_launch_of<kFew>(parameters, factors, rows, kTile<T>, submit);
+    for_each_launch_of<kFew>(parameters, factors, rows, kTile<T>, most_blocks, submit);
   } else {
-    for_each_launch_of<kMany>(parameters, factors, rows, kTile<T>, submit);
+    for_each_launch_of<kMany>(parameters, factors, rows, kTile<T>, most_blocks, submit);
   }
 }
 
-struct Chunk {
+struct Tile {
   int parameter;       // place in the launch
   int64_t begin, end;  // elements of it
 };
 
-template <typename L>
-AUTOLR_THREAD Chunk find_chunk(const L& launch, uint32_t block) {
-  // The last parameter whose first chunk is not after the block; one without elements is never the last.
-  int low = 0, high = launch.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (launch.first_chunk[middle] <= block) {
-      low = middle;
-    } else {
-      high = middle;
+// from: a parameter that the tile is in or after, such as that of the block's last one.
+template <typename T, typename L>
+AUTOLR_THREAD Tile find_tile(const L& launch, uint32_t tile, int from) {
+  // The last parameter whose first tile is not after it; one without elements is never the last.
+  int low = from;
+  if (low + 1 < launch.count && launch.first_tile[low + 1] <= tile) {
+    int high = launch.count;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (launch.first_tile[middle] <= tile) {
+        low = middle;
+      } else {
+        high = middle;
+      }
     }
   }
-  const int64_t begin = static_cast<int64_t>(block - launch.first_chunk[low]) * launch.chunk;
-  const int64_t end = begin + launch.chunk, count = launch.parameters[low].count;
+  const int64_t begin = static_cast<int64_t>(tile - launch.first_tile[low]) * kTile<T>;
+  const int64_t end = begin + kTile<T>, count = launch.parameters[low].count;
   return {low, begin, end < count ? end : count};
 }
 
@@ -132,18 +132,18 @@ AUTOLR_THREAD bool is_aligned(const Parameter& parameter, int rows) {
   return bits % kVectorBytes == 0;
 }
 
-// The elements of a tile that a thread takes: a vector, or, of a tile that is not full or not aligned, every
-// kThreads-th, so that the threads of a warp still touch neighbours.
+// The elements of a tile that a thread takes: a vector, or, where they are not aligned, every kThreads-th, so that the
+// threads of a warp still touch neighbours.
 struct Share {
-  int64_t start, end;  // end: of the chunk
+  int64_t start, end;  // end: of the tile
   int stride;
-  bool is_vector;
+  bool is_vector;  // whole
 };
 
 template <typename T>
-AUTOLR_THREAD Share share_of(int64_t tile, int64_t end, int thread, bool aligned) {
-  const bool is_vector = aligned && end - tile >= kTile<T>;
-  return {tile + (is_vector ? thread * kWidth<T> : thread), end, is_vector ? 1 : kThreads, is_vector};
+AUTOLR_THREAD Share share_of(const Tile& tile, int thread, bool aligned) {
+  const int64_t start = tile.begin + (aligned ? thread * kWidth<T> : thread);
+  return {start, tile.end, aligned ? 1 : kThreads, aligned && start + kWidth<T> <= tile.end};
 }
 
 template <typename T, typename W, typename Memory>
@@ -193,30 +193,25 @@ AUTOLR_THREAD Row<W> row_of(const L& launch, int parameter, int n) {
   }
 }
 
-// Write base + coefficient * step for every row of a chunk: a thread keeps what it read while it writes the N rows.
+// Write base + coefficient * step for every row of a tile: a thread keeps what it read while it writes the N rows.
 template <typename T, bool is_step, typename W, typename L, typename Memory>
-AUTOLR_THREAD void write_rows(const L& launch, const Chunk& chunk, const Row<W>* rows, int thread, Memory& memory) {
-  const Parameter& parameter = launch.parameters[chunk.parameter];
-  const T* first = static_cast<const T*>(parameter.first);
-  const T* second = static_cast<const T*>(parameter.second);
-  const bool aligned = is_aligned<T>(parameter, launch.rows);
-  for (int64_t tile = chunk.begin; tile < chunk.end; tile += kTile<T>) {
-    const Share share = share_of<T>(tile, chunk.end, thread, aligned);
-    W start[kWidth<T>], step[kWidth<T>], end[kWidth<T>];
-    load(first, share, start, memory);
-    load(second, share, end, memory);
+AUTOLR_THREAD void write_rows(const L& launch, const Tile& tile, const Row<W>* rows, int thread, Memory& memory) {
+  const Parameter& parameter = launch.parameters[tile.parameter];
+  const Share share = share_of<T>(tile, thread, is_aligned<T>(parameter, launch.rows));
+  W start[kWidth<T>], step[kWidth<T>], end[kWidth<T>];
+  load(static_cast<const T*>(parameter.first), share, start, memory);
+  load(static_cast<const T*>(parameter.second), share, end, memory);
+  for (int j = 0; j < kWidth<T>; ++j) {
+    step[j] = is_step ? end[j] - start[j] : end[j];
+  }
+  T* to = static_cast<T*>(parameter.rows);
+  for (int n = 0; n < launch.rows; ++n, to += parameter.count) {
+    const Row<W> row = rows[n];
+    W values[kWidth<T>];
     for (int j = 0; j < kWidth<T>; ++j) {
-      step[j] = is_step ? end[j] - start[j] : end[j];
+      values[j] = candidate(is_step && row.from_now ? end[j] : start[j], row.coefficient, step[j]);
     }
-    T* to = static_cast<T*>(parameter.rows);
-    for (int n = 0; n < launch.rows; ++n, to += parameter.count) {
-      const Row<W> row = rows[n];
-      W values[kWidth<T>];
-      for (int j = 0; j < kWidth<T>; ++j) {
-        values[j] = candidate(is_step && row.from_now ? end[j] : start[j], row.coefficient, step[j]);
-      }
-      store(to, share, values, memory);
-    }
+    store(to, share, values, memory);
   }
 }
 

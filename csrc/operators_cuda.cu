@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 #include <cuda_runtime.h>
 
@@ -40,24 +39,42 @@ struct Memory {
   __device__ __forceinline__ void write_vector(T* to, const T (&values)[kWidth<T>]) const {
     uint4 bits;
     std::memcpy(&bits, values, sizeof(bits));
-    __stcg(reinterpret_cast<uint4*>(to), bits);  // the compiler takes an assignment apart, to four stores
+    // Evicted first: the rows of all but small models are far larger than the cache. (An assignment the compiler would
+    // take apart, to four stores.)
+    __stcs(reinterpret_cast<uint4*>(to), bits);
   }
 };
 
-// Grid: (chunks). Writes N rows of each chunk.
+// Grid: (blocks). Writes N rows of every tile.
 template <typename T, bool is_step, int capacity>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksOfAnSm)
     write_rows_kernel(const __grid_constant__ Launch<capacity> launch) {
   using W = typename Wide<T>::type;
   __shared__ Row<W> rows[kMaxRows];
-  const Chunk chunk = find_chunk(launch, blockIdx.x);
   const int thread = threadIdx.x;
-  if (thread < launch.rows) {
-    rows[thread] = row_of<is_step, W>(launch, chunk.parameter, thread);
-  }
-  __syncthreads();
   const Memory memory;
-  write_rows<T, is_step>(launch, chunk, rows, thread, memory);
+  int parameter = -1;  // that `rows` are of
+  for (uint32_t number = blockIdx.x; number < launch.tiles; number += gridDim.x) {
+    const Tile tile = find_tile<T>(launch, number, parameter < 0 ? 0 : parameter);
+    if (is_step ? parameter < 0 : parameter != tile.parameter) {
+      __syncthreads();  // until nobody reads those of the last
+      if (thread < launch.rows) {
+        rows[thread] = row_of<is_step, W>(launch, tile.parameter, thread);
+      }
+      __syncthreads();
+    }
+    parameter = tile.parameter;
+    write_rows<T, is_step>(launch, tile, rows, thread, memory);
+  }
+}
+
+// Blocks that the device holds at once, as many as a launch starts.
+int64_t most_blocks(int64_t device) {
+  int processors = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, static_cast<int>(device));
+  STD_TORCH_CHECK(error == cudaSuccess, "autolr_fast: the device is not known: ", cudaGetErrorString(error));
+  return int64_t{kBlocksOfAnSm} * processors;
 }
 
 cudaStream_t current_stream(int64_t device) {
@@ -74,11 +91,12 @@ void write_all(const Work& work, const std::vector<double>& factors) {
   std::copy(factors.begin(), factors.end(), scaled.values);
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(work.device));
   const cudaStream_t stream = current_stream(work.device);
+  const int64_t most = most_blocks(work.device);
+  const auto rows = static_cast<int>(work.rows);
   dispatch(work.dtype, [&](auto example) {
     using T = decltype(example);
-    for_each_launch<T>(work.parameters, scaled, static_cast<int>(work.rows), [&](const auto& launch, int64_t blocks) {
-      constexpr int capacity = sizeof(launch.first_chunk) / sizeof(uint32_t);
-      STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "autolr_fast: ", blocks, " blocks in a launch");
+    for_each_launch<T>(work.parameters, scaled, rows, most, [&](const auto& launch, int64_t blocks) {
+      constexpr int capacity = sizeof(launch.first_tile) / sizeof(uint32_t);
       write_rows_kernel<T, is_step, capacity><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(launch);
       const cudaError_t error = cudaGetLastError();
       STD_TORCH_CHECK(error == cudaSuccess, "autolr_fast: a kernel was not launched: ", cudaGetErrorString(error));

@@ -119,7 +119,7 @@ def test_machine_code_rounds_every_operation_and_moves_vectors(compiled):
         if "write_rows" in name:
             assert not re.search(r"\b(FFMA|DFMA|HFMA2|LDL|STL)\b", listing), name
             assert len(re.findall(r"\bLDG\.E\.128\b", listing)) == 2 * 2, name
-            assert len(re.findall(r"\bSTG\.E\.128\b", listing)) == 2, name
+            assert len(re.findall(r"\bSTG\.E\.EF\.128\b", listing)) == 2, name
 
 
 @needs_nvcc

@@ -135,31 +135,44 @@ bool same(T a, T b) {
 
 // The launches that the operators make; `run` is given each with the number of its blocks.
 template <typename T, typename Run>
-void launches(const std::vector<Parameter>& parameters, const Factors& factors, int rows, const Run& run) {
+void launches(const std::vector<Parameter>& parameters, const Factors& factors, int rows, int64_t most_blocks,
+              const Run& run) {
   size_t number = 0;
-  for_each_launch<T>(parameters, factors, rows, [&](const auto& launch, int64_t blocks) {
+  for_each_launch<T>(parameters, factors, rows, most_blocks, [&](const auto& launch, int64_t blocks) {
     ++number;
+    require(blocks > 0 && blocks <= most_blocks, "there are more blocks than there must be, or none");
     run(launch, blocks);
   });
   require(number <= (parameters.size() + kMany - 1) / kMany, "there are more launches than there must be");
 }
 
+// Call f(tile) for what a block works on, in its order.
+template <typename T, typename L, typename F>
+void for_each_tile(const L& launch, int64_t block, int64_t blocks, const F& f) {
+  int parameter = 0;
+  for (int64_t number = block; number < launch.tiles; number += blocks) {
+    const Tile tile = find_tile<T>(launch, static_cast<uint32_t>(number), parameter);
+    parameter = tile.parameter;
+    f(tile);
+  }
+}
+
 template <typename T, bool is_step, typename L, typename M>
-void run_block(const L& launch, uint32_t block, M& memory) {
+void run_tile(const L& launch, const Tile& tile, M& memory) {
   using W = typename Wide<T>::type;
-  const Chunk chunk = find_chunk(launch, block);
   Row<W> rows[kMaxRows];
   for (int n = 0; n < launch.rows; ++n) {
-    rows[n] = row_of<is_step, W>(launch, chunk.parameter, n);
+    rows[n] = row_of<is_step, W>(launch, tile.parameter, n);
   }
   for (int thread = 0; thread < kThreads; ++thread) {
-    write_rows<T, is_step>(launch, chunk, rows, thread, memory);
+    write_rows<T, is_step>(launch, tile, rows, thread, memory);
   }
 }
 
 // shift(i, j): by how many elements block j of parameter i is past a multiple of 16 bytes.
 template <typename T, bool is_step, typename Shift>
-void check_rows(const char* name, const std::vector<int64_t>& counts, int rows, const Shift& shift, bool vectors) {
+void check_rows(const char* name, const std::vector<int64_t>& counts, int rows, const Shift& shift, bool vectors,
+                int64_t most_blocks = 264) {
   running = std::string(name) + (is_step ? ", step, " : ", gradient, ") + std::to_string(rows) + " rows of " +
             std::to_string(sizeof(T)) + " bytes";
   using W = typename Wide<T>::type;
@@ -179,9 +192,9 @@ void check_rows(const char* name, const std::vector<int64_t>& counts, int rows, 
   for (int n = 7; n < rows; ++n) {
     factors.values[n] = 0.1 * n;
   }
-  launches<T>(parameters, factors, rows, [&](const auto& launch, int64_t blocks) {
+  launches<T>(parameters, factors, rows, most_blocks, [&](const auto& launch, int64_t blocks) {
     for (int64_t block = 0; block < blocks; ++block) {
-      run_block<T, is_step>(launch, static_cast<uint32_t>(block), memory);
+      for_each_tile<T>(launch, block, blocks, [&](const Tile& tile) { run_tile<T, is_step>(launch, tile, memory); });
     }
   });
   for (int i = 0; i < total; ++i) {
@@ -237,30 +250,31 @@ void check_far(int64_t count, int rows) {
                                         {at(first), at(second), at(out), count},
                                         {at(12288), at(16384), at(1 << 20), 1000}};
   const Factors factors = {{2.0, 1.0, 0.25}, nullptr};
-  launches<T>(parameters, factors, rows, [&](const auto& launch, int64_t blocks) {
-    require(blocks < std::numeric_limits<int32_t>::max(), "there are too many blocks");
+  launches<T>(parameters, factors, rows, 264, [&](const auto& launch, int64_t blocks) {
     int64_t done[3] = {};
     for (int64_t block = 0; block < blocks; ++block) {
-      const Chunk chunk = find_chunk(launch, static_cast<uint32_t>(block));
-      require(chunk.begin == done[chunk.parameter] && chunk.end > chunk.begin, "chunks do not follow each other");
-      done[chunk.parameter] = chunk.end;
-      const bool is_first = chunk.begin == 0, is_last = chunk.end == count;
-      const bool is_past = chunk.begin <= int64_t{1} << 31 && chunk.end > int64_t{1} << 31;
-      if (chunk.parameter != 1 || !(is_first || is_last || is_past)) {
-        continue;
-      }
-      Notes<T> notes;
-      run_block<T, true>(launch, static_cast<uint32_t>(block), notes);
-      const auto length = static_cast<size_t>(chunk.end - chunk.begin);
-      require(notes.reads.size() == 2 * length && notes.writes.size() == rows * length, "elements are left out");
-      for (int64_t e = chunk.begin; e < chunk.end; ++e) {
-        require(notes.reads.count(first + e * sizeof(T)) && notes.reads.count(second + e * sizeof(T)), "not read");
-        for (int64_t n = 0; n < rows; ++n) {
-          require(notes.writes.count(out + (n * count + e) * sizeof(T)), "a row is written elsewhere");
+      for_each_tile<T>(launch, block, blocks, [&](const Tile& tile) {
+        const int64_t size = parameters[tile.parameter].count;
+        require(tile.begin % kTile<T> == 0 && tile.end == std::min(tile.begin + kTile<T>, size), "a tile is amiss");
+        done[tile.parameter] += tile.end - tile.begin;
+        const bool is_first = tile.begin == 0, is_last = tile.end == count;
+        const bool is_past = tile.begin <= int64_t{1} << 31 && tile.end > int64_t{1} << 31;
+        if (tile.parameter != 1 || !(is_first || is_last || is_past)) {
+          return;
         }
-      }
+        Notes<T> notes;
+        run_tile<T, true>(launch, tile, notes);
+        const auto length = static_cast<size_t>(tile.end - tile.begin);
+        require(notes.reads.size() == 2 * length && notes.writes.size() == rows * length, "elements are left out");
+        for (int64_t e = tile.begin; e < tile.end; ++e) {
+          require(notes.reads.count(first + e * sizeof(T)) && notes.reads.count(second + e * sizeof(T)), "not read");
+          for (int64_t n = 0; n < rows; ++n) {
+            require(notes.writes.count(out + (n * count + e) * sizeof(T)), "a row is written elsewhere");
+          }
+        }
+      });
     }
-    require(done[0] == 7 && done[1] == count && done[2] == 1000, "chunks do not cover the parameters");
+    require(done[0] == 7 && done[1] == count && done[2] == 1000, "tiles do not cover the parameters");
   });
 }
 
@@ -270,7 +284,7 @@ void check_type() {
   const auto mixed = [](int i, int j) { return i % 3 == 1 ? j : 0; };
   const auto odd = [](int, int j) { return j == 2 ? 1 : 0; };
   for (const int64_t count : {0, 1, 3, 127, 128, 1025}) {
-    check_rows<T, true>("one tensor", {count}, 7, aligned, false);
+    check_rows<T, true>("one tensor", {count}, 7, aligned, count == 128);
     check_rows<T, false>("one tensor, not aligned", {count}, 7, odd, false);
   }
   check_rows<T, true>("a whole number of vectors", {4 * kTile<T> + kWidth<T>}, 3, aligned, true);
@@ -286,11 +300,14 @@ void check_type() {
     counts.push_back(i % 3 == 0 ? 64 * 9 * (i + 1) : i % 3 * 32 + i % 2);
   }
   check_rows<T, true>("62 tensors", counts, 3, aligned, true);
+  check_rows<T, false>("62 tensors by one block", counts, 3, mixed, true, 1);
+  check_rows<T, true>("62 tensors by seven blocks", counts, 3, aligned, true, 7);
   counts.clear();
   for (int i = 0; i < 1000; ++i) {
     counts.push_back(i == 950 ? 20000 : i * 7 % 41);
   }
   check_rows<T, true>("1000 tensors", counts, 2, aligned, true);
+  check_rows<T, false>("1000 tensors by three blocks", counts, 2, aligned, true, 3);
   check_rows<T, false>("1000 tensors, some not aligned", counts, 2, mixed, true);
 }
 
