@@ -42,6 +42,7 @@ bench: $(VENV)/dev.installed
 	$(BIN)/python -m benchmarks.report build/ops.json ops
 	$(BIN)/python -m pytest benchmarks/test_probe.py --benchmark-json=build/probe.json
 	$(BIN)/python -m benchmarks.report build/probe.json probe
+	$(BIN)/python -m benchmarks.host_time
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m pytest benchmarks/test_tree.py --benchmark-json=build/tree.json

@@ -138,12 +138,19 @@ ALTERNATIVES = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ours(benchmark: Any, work: Work, backend: str) -> None:
-    """The operator that writes all candidates."""
+    """What a probe that writes all candidates at once does: it makes a writer, and calls it."""
 
     def run() -> None:
         ops.candidate_writer(work.prev, work.now, work.rows, backend=backend)(FACTORS)
 
     measure(benchmark, work, f"ours: {backend}", run)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ours_again(benchmark: Any, work: Work, backend: str) -> None:
+    """Each further call of a writer."""
+    write = ops.candidate_writer(work.prev, work.now, work.rows, backend=backend)
+    measure(benchmark, work, f"ours: {backend}, again", lambda: write(FACTORS))
 
 
 @pytest.mark.parametrize("alternative", list(ALTERNATIVES))
