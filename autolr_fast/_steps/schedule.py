@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from .._arguments import check_count
@@ -15,18 +16,18 @@ __all__ = ["ProbeSchedule", "ProbeTracker"]
 
 @dataclass
 class ProbeSchedule:
-    """Says for each optimizer step whether it is probed, and over how many steps back.
+    """Says for each optimizer step whether a probe is due, and over how many steps back.
 
     Args:
-        every_steps: the step of each multiple is probed, up to ``last_step``; ``None`` for none of them.
-        first_steps: as many of the first steps are all probed.
+        every_steps: a probe is due at each multiple, up to ``last_step``; ``None`` for none of them.
+        first_steps: a probe is due at each of so many of the first steps.
         windows: optimizer steps that a line spans; they take turns.
         last_step: with a multiple of ``every_steps`` to be probed.
         mean_steps: from where averages begin to the step that is probed; 0 for none. The close probes of the first
             steps need none.
 
     Attributes:
-        close_from: the step from which on as many steps as ``first_steps`` are all probed.
+        close_from: the step from which on a probe is due at each of as many steps as ``first_steps``.
         searched_step: one besides, of a line over that step alone: the first step of what did not move before.
 
     Raises:
@@ -58,7 +59,7 @@ class ProbeSchedule:
             self.every_steps = check_count("probe_every_steps", self.every_steps, at_least=1)
 
     def window_at(self, step: int) -> int | None:
-        """Return the window of the probe after ``step`` optimizer steps, or ``None`` if there is none."""
+        """Return the window of the probe that is due after so many optimizer steps, or ``None`` if none is."""
         if step == self.searched_step:
             return 1 if step else None
         if self.is_close(step):
@@ -76,20 +77,26 @@ class ProbeSchedule:
     def windows_from(self, step: int, now: int | None = None) -> list[int]:
         """Return the windows of the probes after ``now`` (default: ``step``) that open after ``step`` steps."""
         first = 1 if now is None else now + 1 - step
-        spans = {*self.windows, 1, 2, self.mean_steps}
+        spans: Sequence[int] = _spans(tuple(self.windows), self.mean_steps)
         if step == 0:  # early probes have the windows that there is room for
-            spans.update(range(1, max(spans)))
-        return [span for span in sorted(spans) if span >= first and span in self._windows_at(step + span)]
+            spans = range(1, spans[-1] + 1)
+        return [span for span in spans if span >= first and span in self._windows_at(step + span)]
 
-    def _windows_at(self, step: int) -> set[int]:
+    def _windows_at(self, step: int) -> Collection[int]:
         """Return the windows of a probe, that of averages and the last step that these leave out."""
         window = self.window_at(step)
         if window is None:
-            return set()
+            return ()
         if self.is_close(step):
             return {window, 2}
         has_mean = self.mean_steps and step != self.searched_step
         return {window, 1, self.mean_steps} if has_mean else {window}
+
+
+@cache
+def _spans(windows: tuple[int, ...], mean_steps: int) -> list[int]:
+    """Return over how many steps back a probe may look, in order; 0 finds no window."""
+    return sorted({*windows, 1, 2, mean_steps})
 
 
 class ProbeTracker:

@@ -42,12 +42,11 @@ class Snapshots:
         self._kept: dict[int, dict[nn.Parameter, Kept]] = {}  # optimizer steps before -> parameter -> its value
         self._weights = StateWeights(optimizers)
         self._kept_weights: dict[int, dict[nn.Parameter, dict[str, Kept]]] = {}  # of the same snapshots
-        self._is_new = False  # whether there was no state before the step
+        self._is_new = False  # whether there was no state before the step that opened the last window
         self._loaded: list[int] = []  # steps of snapshots in a state that was loaded, which some ranks may lack
 
     def keep(self, steps: int) -> None:
         """Keep what the windows need that open now, after so many steps, before anything moves."""
-        self._is_new = not any(map(has_state, self._optimizers))
         if steps == 0:
             states = [state for optimizer in self._optimizers for state in optimizer.state.values()]
             self.began_warm = any(
@@ -56,6 +55,7 @@ class Snapshots:
         if self._kept:
             self.drop_used(steps)
         if self._schedule.windows_from(steps):
+            self._is_new = not any(map(has_state, self._optimizers))
             moved = [each for each in self._optimizers.parameters if each.requires_grad or each.grad is not None]
             values = self._memory.put([local(parameter) for parameter in moved])
             self._kept[steps] = dict(zip(moved, values, strict=True))
