@@ -39,10 +39,14 @@ class Pace:
         self.due = 0
         self._drift = 0.0
 
-    def leaves_out(self) -> bool:
-        """Count a probe that is due, and return whether it is left out."""
+    def leaves_out(self, most: int = _RAREST) -> bool:
+        """Count a probe that is due, and return whether it is left out.
+
+        Args:
+            most: that ``n`` may be now.
+        """
         self.due += 1
-        return self.due < self._from_one_to_next
+        return self.due < min(self._from_one_to_next, most)
 
     def see(self, factor: float) -> None:
         """See by how much a probe that was made moved the level."""
