@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 from collections.abc import Callable
@@ -31,8 +32,8 @@ def _random_streams() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
         (random.getstate, random.setstate),
         (torch.get_rng_state, torch.set_rng_state),
     ]
-    if numpy := sys.modules.get("numpy"):
-        streams.append((numpy.random.get_state, numpy.random.set_state))
+    if "numpy" in sys.modules:
+        streams.append((_NUMPY.state, _NUMPY.restore))
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return streams
@@ -45,3 +46,51 @@ def _random_streams() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
             for index in range(module.device_count())
         ]
     return streams
+
+
+class _NumPyStream:
+    """NumPy's stream: to read its state takes 50 us, and to set it too, so both are left out where it stands still.
+
+    It stands still if the memory of its generator does. The one exception is a second normal number in store, which
+    is no part of that memory: a state that has one is read and set each time.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[bytes, Any] | None = None  # memory, and the state that was read there
+        self._is_drawn_from = False  # by closures
+
+    def state(self) -> tuple[bytes | None, Any]:
+        """Return the memory, if it shows whether the stream stands still, and the state."""
+        memory = _memory_of_numpys_generator()
+        if self._known is not None and self._known[0] == memory:
+            return self._known
+        state = sys.modules["numpy"].random.get_state()
+        if memory is None:
+            return None, state
+        _, keys, position, has_normal, _ = state
+        if has_normal or memory != keys.tobytes() + position.to_bytes(4, sys.byteorder):
+            return None, state
+        if not self._is_drawn_from:
+            self._known = memory, state
+        return memory, state
+
+    def restore(self, saved: tuple[bytes | None, Any]) -> None:
+        """Put the stream back to what :meth:`state` returned."""
+        memory, state = saved
+        if memory is not None:
+            if memory == _memory_of_numpys_generator():
+                return
+            self._known, self._is_drawn_from = None, True
+        sys.modules["numpy"].random.set_state(state)
+
+
+_NUMPY = _NumPyStream()
+
+
+def _memory_of_numpys_generator() -> bytes | None:
+    """Return the 624 keys and the position of the Mersenne twister; ``None`` if NumPy is older, or has another."""
+    find = getattr(sys.modules["numpy"].random, "get_bit_generator", None)
+    generator: Any = find and find()
+    if type(generator).__name__ != "MT19937":
+        return None
+    return ctypes.string_at(generator.ctypes.state_address, 4 * 625)
