@@ -10,7 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._isolation import Closure, Isolation, NeedsGradientsError, Probed, Replay, check_repeatable, probed
+from .._isolation import (
+    Closure,
+    Inventory,
+    Isolation,
+    NeedsGradientsError,
+    Probed,
+    Replay,
+    check_repeatable,
+    probed,
+)
 from .._machine.ranks import ProcessGroup, is_distributed, is_sharded, mean_over_ranks
 from .._machine.warning import warn
 from .._steps import Line
@@ -78,6 +87,7 @@ class Prober:
         self._device = device
         self._is_checked = False
         self._needs_gradients = False  # of the closures so far
+        self._inventory: Inventory | None = None  # of the model, if keeping it costs nothing
         self._repeats_training = True  # what the closures return is what training saw
 
     def look(
@@ -103,8 +113,10 @@ class Prober:
         """
         watched = probed(closure)
         watched.needs_gradients = self._needs_gradients
+        watched.inventory = watched.inventory or self._inventory
         seen = self._losses(line, watched, factors, beside, known)
         self._needs_gradients = watched.needs_gradients
+        self._inventory = watched.inventory if watched.inventory and watched.inventory.is_plain else None
         all_losses = seen.double() if beside is None else torch.cat([seen.double(), beside.to(seen.device)])
         all_losses = mean_over_ranks(all_losses, self.process_group).to(self._device)
         losses, more = all_losses[: len(seen)], all_losses[len(seen) :]

@@ -2,6 +2,7 @@
 
 from .closures import CALLED_BACKWARD, REMEDY, Closure, ClosureError, NeedsGradientsError, check_loss, scalar_loss
 from .held import modules_beside
+from .inventory import Inventory
 from .isolation import Isolation, check_repeatable
 from .module_states import ModuleStates
 from .probed import Probed, probed
@@ -13,6 +14,7 @@ __all__ = [
     "REMEDY",
     "Closure",
     "ClosureError",
+    "Inventory",
     "Isolation",
     "ModuleStates",
     "NeedsGradientsError",

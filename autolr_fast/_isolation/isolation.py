@@ -14,6 +14,7 @@ from .._machine.ranks import sharded_modules
 from .._ops.copies import Copies
 from .closures import CALLED_BACKWARD, Closure, ClosureError, scalar_loss
 from .held import Held, Versions, modules_beside
+from .inventory import Inventory, inventory_of
 from .module_states import ModuleStates
 from .probed import probed
 from .random_streams import RandomStreams
@@ -50,24 +51,25 @@ class Isolation:
         self._closure = closure
 
     def __enter__(self) -> Isolation:
-        own = list(self._model.modules())
-        held, self._needs_gradients = Held(), False
+        held, self._needs_gradients, inventory = Held(), False, None
         if self._closure is not None:
             known = probed(self._closure)
             held, self._needs_gradients = known.held(), known.needs_gradients
-        beside = modules_beside(own, held)
-        self.modules = [*own, *beside]
-        self._states = ModuleStates(self.modules)
+            inventory = known.inventory = inventory_of(self._model, known.inventory)
+        if inventory is None:
+            inventory = inventory_of(self._model)
+        beside = modules_beside(inventory.modules, held)
+        self.modules = [*inventory.modules, *beside]
+        self._states = [ModuleStates(inventory), *([ModuleStates(beside)] if beside else [])]
         self._versions = Versions(held)
         self._random = RandomStreams()
-        parameters = list(self._model.parameters())  # which may hold other than those of the modules
+        parameters = _parameters_of(self._model, inventory)
         others = [each for module in beside for each in module._parameters.values() if each is not None]
         leaves = [tensor for _, tensor in held.tensors if tensor.requires_grad and tensor.is_leaf]
         self._gradients = [
             (leaf, leaf.grad) for leaf in {id(each): each for each in parameters + others + leaves}.values()
         ]
-        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        self._frozen = [_copies_of_frozen(each, trained) for each in (parameters, others)]
+        self._frozen = _copies_of_frozen(parameters, others)
         for leaf, _ in self._gradients:
             leaf.grad = None
         self._sharded = sharded_modules(self.modules)
@@ -113,7 +115,8 @@ class Isolation:
         finally:
             self._random.restore()
             torch.clear_autocast_cache()
-            self._states.restore()
+            for states in self._states:
+                states.restore()
             for copies in self._frozen:
                 copies.restore()
             # A forward without a backward leaves whole parameters behind, and they would serve the next forward.
@@ -137,17 +140,28 @@ class Isolation:
             module.reshard()
 
 
-def _copies_of_frozen(parameters: Sequence[nn.Parameter], trained: int) -> Copies:
+def _parameters_of(model: nn.Module, inventory: Inventory) -> list[nn.Parameter]:
+    """Return the parameters of a model, which may have others than those of its modules."""
+    is_usual = type(model).parameters is nn.Module.parameters
+    if is_usual and type(model).named_parameters is nn.Module.named_parameters:
+        return inventory.parameters
+    return list(model.parameters())
+
+
+def _copies_of_frozen(own: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> list[Copies]:
     """Return the values of those that are frozen, as a momentum encoder may change them in the forward.
 
     A model of which little is trained, such as one with adapters, has none and could not afford the copy.
 
     Args:
-        parameters: of the model, or of modules beside it.
-        trained: elements of the model that are.
+        own: parameters of the model.
+        others: of modules beside it.
     """
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    return Copies([] if sum(parameter.numel() for parameter in frozen) > trained else frozen)
+    frozen = [[parameter for parameter in each if not parameter.requires_grad] for each in (own, others)]
+    if not any(frozen):
+        return []
+    trained = sum(parameter.numel() for parameter in own if parameter.requires_grad)
+    return [Copies(each) for each in frozen if sum(parameter.numel() for parameter in each) <= trained]
 
 
 def check_repeatable(model: nn.Module, closure: Closure) -> Tensor:

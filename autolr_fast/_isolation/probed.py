@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .closures import Closure
 from .held import Held, held_by
+from .inventory import Inventory
 
 __all__ = ["Probed", "probed"]
 
@@ -17,9 +18,11 @@ class Probed(ABC):
 
     Attributes:
         needs_gradients: whether it runs with gradients on, as the loss differentiates something itself.
+        inventory: what its model held when it ran last, if that is known.
     """
 
     needs_gradients = False
+    inventory: Inventory | None = None
 
     @abstractmethod
     def __call__(self) -> Tensor:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Collection
 from typing import Any
 
-from .._isolation.module_states import cut, put_back
+from .._isolation.inventory import cut, put_back
 
 __all__ = ["Kept"]
 
