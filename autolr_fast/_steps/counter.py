@@ -74,8 +74,7 @@ class StepCounter:
             if counter := this():
                 counter._after(optimizer)
 
-        # A compiled step does not trace them: it would be compiled anew for what they read.
-        before, after = map(torch.compiler.disable, (before, after))
+        before, after = map(_untraced, (before, after))
         self._hooks: list[weakref.finalize[..., StepCounter]] = []
         for optimizer in optimizers:
             if (known := _COUNTERS.get(optimizer)) and (other := known()):
@@ -197,6 +196,17 @@ class StepCounter:
             self._idle = 0
             self._sample = None
             self._after_step(self.steps)
+
+
+def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook that a compiled step does not trace: it would be compiled anew for what the hook reads."""
+    disabled = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+
+    def run(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # What is disabled takes longer to call, and is needed there alone.
+        (disabled if torch.compiler.is_compiling() else hook)(optimizer, args, kwargs)
+
+    return run
 
 
 def _calls_of_step(optimizer: torch.optim.Optimizer) -> int:
