@@ -1,11 +1,15 @@
 """NumPy's stream is read and set where it moves alone, and goes back bit for bit whatever moved it."""
 
 import itertools
+import random
+from contextlib import nullcontext
 
 import numpy
 import pytest
+import torch
+from torch import nn
 
-from autolr_fast._isolation import RandomStreams, random_streams
+from autolr_fast._isolation import Isolation, RandomStreams, Replay, random_streams
 
 DRAWS = {
     "nothing": lambda: None,
@@ -86,3 +90,28 @@ def test_a_stream_that_was_drawn_from_is_read_each_time(fresh):
         assert state() == expected[-1]
     assert expected[0][:3] == expected[1][:3]
     assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_streams_are_put_back_after_runs_that_set_them(fresh, fails):
+    model = nn.Dropout()
+    drawn = []
+
+    def closure():
+        drawn.append((torch.rand(()).item(), random.random(), numpy.random.random()))
+        if fails and len(drawn) > 1:
+            raise KeyError
+        return model(torch.ones(8)).sum()
+
+    replay = Replay(model)
+    replay.add(closure)
+    numpy.random.random()
+    random.random()
+    torch.rand(())
+    before = state(), random.getstate(), torch.get_rng_state().tolist()
+    with pytest.raises(KeyError) if fails else nullcontext(), Isolation(model, replay) as isolation:
+        for _ in range(3):
+            isolation.run(replay)
+    assert len(drawn) == (2 if fails else 3)
+    assert len(set(drawn)) == 1
+    assert (state(), random.getstate(), torch.get_rng_state().tolist()) == before

@@ -41,9 +41,10 @@ class InPlace(Evaluator):
 @contextmanager
 def rewritten(parameters: Sequence[nn.Parameter]) -> Iterator[tuple[Copies, list[Tensor]]]:
     """Give copies of the parameters, and the live ones as rows to be written to; put them back at the end."""
-    live = [local(parameter) for parameter in parameters]
-    now = Copies(live)
+    with torch.no_grad():
+        live = [each if type(each) is nn.Parameter else local(each) for each in parameters]
+        now, rows = Copies(live), [tensor.unsqueeze(0) for tensor in live]
     try:
-        yield now, [tensor.unsqueeze(0) for tensor in live]
+        yield now, rows
     finally:
         now.restore()

@@ -45,7 +45,7 @@ def scalar_loss(closure: Closure) -> Tensor:
             raise NeedsGradientsError(CALLED_BACKWARD) from error
         raise
     check_loss(loss)
-    return loss.reshape(())
+    return loss if loss.dim() == 0 else loss.reshape(())
 
 
 def check_loss(loss: object) -> None:

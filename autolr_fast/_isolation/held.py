@@ -5,7 +5,6 @@ from __future__ import annotations
 import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
@@ -64,8 +63,7 @@ def held_by(closure: Callable[..., Any]) -> Held:
         if id(entry.value) in seen:
             continue
         seen.add(id(entry.value))  # alive as long as the closure is
-        # A dead proxy, for one, does not let itself be looked at.
-        with suppress(Exception):
+        try:
             if isinstance(entry.value, Tensor):
                 tensors.append((entry.name, entry.value))
             elif isinstance(entry.value, nn.Module):
@@ -73,6 +71,8 @@ def held_by(closure: Callable[..., Any]) -> Held:
             elif entry.depth < _DEEPEST and (size := _size(entry.value)) <= left:
                 left -= size
                 found.extend(each for each in _inside(entry) if type(each.value) not in _PLAIN)
+        except Exception:  # a dead proxy, for one, does not let itself be looked at
+            continue
     return Held(modules, tensors)
 
 

@@ -51,13 +51,15 @@ class Isolation:
         self._closure = closure
 
     def __enter__(self) -> Isolation:
-        held, self._needs_gradients, inventory = Held(), False, None
+        held, known, inventory = Held(), None, None
         if self._closure is not None:
             known = probed(self._closure)
-            held, self._needs_gradients = known.held(), known.needs_gradients
-            inventory = known.inventory = inventory_of(self._model, known.inventory)
-        if inventory is None:
-            inventory = inventory_of(self._model)
+            held, inventory = known.held(), known.inventory
+        inventory = inventory_of(self._model, inventory)
+        if known is not None:
+            known.inventory = inventory
+        self._needs_gradients = known is not None and known.needs_gradients
+        self._rewinds = known is not None and known.rewinds
         beside = modules_beside(inventory.modules, held)
         self.modules = [*inventory.modules, *beside]
         self._states = [ModuleStates(inventory), *([ModuleStates(beside)] if beside else [])]
@@ -77,6 +79,8 @@ class Isolation:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        if self._rewinds:
+            self._random.restore()
         for leaf, gradient in self._gradients:
             leaf.grad = gradient
 
@@ -101,6 +105,8 @@ class Isolation:
     def rewound(self, gradients: bool = False) -> Iterator[None]:
         """Put modules, random-number streams and autocast's cache back at the end of the block.
 
+        The streams wait for the end of the isolation if each run of the closure begins by setting them.
+
         Args:
             gradients: whether they are on inside, also if the closure does not need them.
 
@@ -113,7 +119,8 @@ class Isolation:
             with self._recording() if gradients or self._needs_gradients else nullcontext():
                 yield
         finally:
-            self._random.restore()
+            if not self._rewinds:
+                self._random.restore()
             torch.clear_autocast_cache()
             for states in self._states:
                 states.restore()

@@ -18,10 +18,12 @@ class Probed(ABC):
 
     Attributes:
         needs_gradients: whether it runs with gradients on, as the loss differentiates something itself.
+        rewinds: whether it begins by setting the random-number streams.
         inventory: what its model held when it ran last, if that is known.
     """
 
     needs_gradients = False
+    rewinds = False
     inventory: Inventory | None = None
 
     @abstractmethod

@@ -29,6 +29,8 @@ class Replay(Probed):
         model: whose modes are replayed, with those of all submodules.
     """
 
+    rewinds = True
+
     def __init__(self, model: nn.Module):
         self._modules = list(model.modules())
         self._parts: list[_Part] = []
@@ -99,8 +101,11 @@ class _Part(NamedTuple):
                 module.training = mode
 
     def loss(self) -> Tensor:
+        found = _autocasts()
+        if found == self.autocasts:
+            return scalar_loss(self.closure)
         with ExitStack() as stack:
-            for then, now in zip(self.autocasts, _autocasts(), strict=True):
+            for then, now in zip(self.autocasts, found, strict=True):
                 if then != now:
                     stack.enter_context(torch.autocast(then.device_type, then.dtype, enabled=then.enabled))
             return scalar_loss(self.closure)

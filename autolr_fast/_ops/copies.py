@@ -34,7 +34,6 @@ class Copies:
         tensor([1., 1.])
     """
 
-    @torch.no_grad()
     def __init__(self, tensors: Sequence[Tensor]):
         self.values: list[Tensor] = []
         self._alone: list[tuple[Tensor, Tensor]] = []
@@ -51,16 +50,21 @@ class Copies:
                 self._alone.append((tensor, value))
             self.values.append(value)
         self._groups = list(groups.values())
-        for originals, values in self._groups:
-            torch._foreach_copy_(values, originals)
+        if not self._groups:
+            return
+        with torch.no_grad():
+            for originals, values in self._groups:
+                torch._foreach_copy_(values, originals)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Put the values back where they were."""
-        for originals, values in self._groups:
-            torch._foreach_copy_(originals, values)
-        for original, value in self._alone:
-            original.copy_(value)
+        if not self.values:
+            return
+        with torch.no_grad():
+            for originals, values in self._groups:
+                torch._foreach_copy_(originals, values)
+            for original, value in self._alone:
+                original.copy_(value)
 
 
 def _can_be_batched(tensor: Tensor) -> bool:
