@@ -6,12 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Adapted", "Block", "CharacterTransformer", "mlp", "wide_mlp"]
+__all__ = ["Adapted", "Block", "CharacterTransformer", "mlp", "perceptron", "small_convnet", "wide_mlp"]
 
 
 def mlp() -> nn.Sequential:
     """Return a perceptron, [B, 512] -> logits [B, 16]; 201,232 parameters."""
     return nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 16))
+
+
+def perceptron() -> nn.Sequential:
+    """Return a perceptron of three hidden layers, [B, 256] -> logits [B, 10]; 199,946 parameters."""
+    hidden = [module for _ in range(3) for module in (nn.Linear(256, 256), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(256, 10))
+
+
+def small_convnet() -> nn.Sequential:
+    """Return a network of two convolutions without BatchNorm, [B, 1, 8, 8] -> logits [B, 10]; 1,418 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
 
 
 def wide_mlp(width: int = 2048, layers: int = 12) -> nn.Sequential:

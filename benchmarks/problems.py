@@ -15,7 +15,7 @@ from autolr_fast import AutoLR
 from autolr_fast._steps import StepLine
 from autolr_fast.demo import network
 
-from .models import CharacterTransformer, mlp, wide_mlp
+from .models import CharacterTransformer, mlp, perceptron, small_convnet, wide_mlp
 from .paper.models import ResNet18
 
 __all__ = ["PROBLEMS", "SEED", "TEXT", "Problem", "make_problem"]
@@ -129,9 +129,11 @@ def _text(count: int = 8) -> tuple[Tensor, Tensor]:
 # name -> (model, batch, lr); at about these learning rates the first step lowers the loss most
 PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]], float]] = {
     "mlp": (mlp, lambda: (torch.randn(64, 512), torch.randint(16, (64,))), 2.5),
+    "perceptron": (perceptron, lambda: (torch.randn(32, 256), torch.randint(10, (32,))), 0.5),
+    "small convnet": (small_convnet, lambda: _images(32, 1, 8, 8), 0.5),
     "convnet": (network, lambda: _images(32, 1, 8, 8), 1.0),
     "resnet18": (lambda: ResNet18(10), lambda: _images(32, 3, 32, 32), 0.03),
     "transformer": (lambda: CharacterTransformer(_CHARACTERS, context=_CONTEXT), _text, 6.0),
     "wide mlp": (wide_mlp, lambda: (torch.randn(4, 2048), torch.randint(2048, (4,))), 0.1),
 }
-"""Sizes: batches of 64, 32, 32, 8 x 128 characters, and 4."""
+"""Sizes: batches of 64, 32, 32, 32, 32, 8 x 128 characters, and 4."""

@@ -13,18 +13,23 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7
-from autolr_fast._evaluators import EVALUATORS, EvaluatorError
+from autolr_fast._evaluators import EVALUATORS, EvaluatorError, Prober
+from autolr_fast._isolation import Replay
 
 from .baselines import BASELINES, line_search
 from .conftest import Refusals
 from .device import DEVICE, about, wait
 from .problems import SEED, TEXT, Problem, make_problem
 
-FACTORS = {len(factors): factors for factors in (FACTORS_3, FACTORS_5, FACTORS_7)}
-MODELS = ("mlp", "convnet", "resnet18", "transformer")
-ROUNDS = dict.fromkeys(MODELS, 15) if DEVICE == "cuda" else dict(zip(MODELS, (100, 50, 3, 3), strict=True))
+# A probe of AutoLR by itself has one or two.
+FACTORS = {len(factors): factors for factors in (FACTORS_3[1:], FACTORS_3, FACTORS_5, FACTORS_7)}
+MODELS = ("mlp", "perceptron", "small convnet", "convnet", "resnet18", "transformer")
+ROUNDS = dict.fromkeys(MODELS, 15)
+if DEVICE == "cpu":
+    ROUNDS = dict(zip(MODELS, (100, 100, 100, 50, 3, 3), strict=True))
 TOLERANCE = 1e-2 if DEVICE == "cuda" else 1e-3  # of losses: there, convolutions round to TF32
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # auto says what it cannot use
@@ -115,16 +120,19 @@ def row(request: pytest.FixtureRequest, benchmark: Any, problem: Problem, expect
 
 @pytest.mark.parametrize("name", list(EVALUATORS))
 def test_evaluator(row: Row, refusals: Refusals, name: str) -> None:
-    """The losses of N candidates by an evaluator of ours."""
-    evaluator, line, problem = EVALUATORS[name](), row.problem.line(), row.problem
+    """The losses of N candidates by an evaluator of ours, with all that a scheduler does for them."""
+    evaluator, line, model, loss = EVALUATORS[name](), row.problem.line(), row.problem.model, row.problem.loss
+    prober = Prober(model, evaluator, None, maximize=False, device=torch.device(DEVICE))
 
     def run() -> list[float]:
-        return evaluator.losses(problem.model, line, FACTORS[row.n], problem.closure).tolist()
+        replay = Replay(model)
+        replay.add(lambda: loss(model))
+        return prober.look(line, replay, FACTORS[row.n]).losses.tolist()
 
     try:
         run()  # the first call checks the model, allocates, and chooses: once a training
     except EvaluatorError as error:
-        refusals.append({"what": name, "model": problem.name, "n": row.n, "reason": error.reason})
+        refusals.append({"what": name, "model": row.problem.name, "n": row.n, "reason": error.reason})
         pytest.skip(error.reason)
     row.time_losses(name, run, ours=True, ran=evaluator.name)
 
