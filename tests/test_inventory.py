@@ -112,3 +112,11 @@ def test_probes_keep_what_they_found_unless_that_may_be_large(with_attribute):
         assert alive() is None
     else:
         assert found[0] is found[1] is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_scripted_modules_hold_is_found_each_time():
+    model = nn.Sequential(nn.Linear(3, 2), torch.jit.script(nn.BatchNorm1d(2)))
+    known = Inventory(list(model.modules()))
+    assert not known.is_plain
+    assert inventory_of(model, known) is not known

@@ -56,11 +56,16 @@ class Inventory:
         self._views = [live.values() for live in self._containers if isinstance(live, dict)]
         self._long = [(live, len(live)) for live in content.long]
         self._held = list(map(len, self._containers)), list(self._keys()), list(self._dict_values())
-        others = len(self.tensors) > sum(len(module._buffers) for module in modules)
-        self.is_plain = not (others or self._long or len(self._containers) > 3 * len(modules))
+        self._is_scripted = content.is_scripted
+        self.is_plain = content.is_plain
 
     def is_current(self) -> bool:
-        """Whether all is as it was: no module, parameter, tensor or other attribute came, went or was replaced."""
+        """Whether all is as it was: no module, parameter, tensor or other attribute came, went or was replaced.
+
+        That of scripted modules is nothing that Python can see.
+        """
+        if self._is_scripted or any(len(live) != length for live, length in self._long):
+            return False
         children = list(chain.from_iterable(self._children))
         known = self._known_children
         return len(children) == len(known) and all(map(is_, children, known)) and self._hold_the_same()
@@ -114,6 +119,8 @@ class _Content:
         long: that are not.
         parameters: by id; those that modules register.
         tensors: by id; others.
+        is_plain: whether all tensors are parameters and buffers, and no other containers hold anything.
+        is_scripted: whether the registers of a module are no dicts.
     """
 
     def __init__(self) -> None:
@@ -121,21 +128,29 @@ class _Content:
         self.long: list[Any] = []
         self.parameters: dict[int, nn.Parameter] = {}
         self.tensors: dict[int, Tensor] = {}
+        self.is_plain = True
+        self.is_scripted = False
 
     def add(self, module: nn.Module) -> None:
         attributes = vars(module)
         self.containers.append(attributes)
-        if isinstance(module._parameters, dict):  # that of a scripted module is none
-            self.containers.append(module._parameters)
-        if isinstance(module._buffers, dict):
-            self.containers.append(module._buffers)
+        for registered in (module._parameters, module._buffers):
+            if isinstance(registered, dict):
+                self.containers.append(registered)
+            else:
+                self.is_scripted, self.is_plain = True, False
         for parameter in module._parameters.values():
             if parameter is not None:
                 self.parameters[id(parameter)] = parameter
         self._collect(module._buffers.values())
         own = [value for name, value in attributes.items() if type(value) not in _PLAIN and name not in _TORCHS_OWN]
         if own:
+            before = self._count()
             self._collect(own)
+            self.is_plain &= self._count() == before
+
+    def _count(self) -> int:
+        return len(self.containers) + len(self.long) + len(self.tensors)
 
     def _collect(self, values: Iterable[Any], depth: int = 4) -> None:
         for value in values:
