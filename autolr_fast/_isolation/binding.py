@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator
+from functools import lru_cache
 from types import CellType, CodeType, FunctionType
 
 from torch import Tensor
@@ -38,7 +38,7 @@ def bound(closure: Closure) -> Closure:
     original: Closure = closure
     cells = closure.__closure__ or ()
     contents = [content_of(cell) for cell in cells]
-    names = list(dict.fromkeys(names_in(closure.__code__)))
+    names = names_in(closure.__code__)
     values = [closure.__globals__.get(name, UNBOUND) for name in names]
 
     def run() -> Tensor:
@@ -70,9 +70,8 @@ def content_of(cell: CellType) -> object:
         return UNBOUND
 
 
-def names_in(code: CodeType) -> Iterator[str]:
+@lru_cache(maxsize=1024)
+def names_in(code: CodeType) -> tuple[str, ...]:
     """Return the names of global variables, and of attributes, that a function and those inside of it read."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from names_in(constant)
+    inside = [name for each in code.co_consts if isinstance(each, CodeType) for name in names_in(each)]
+    return tuple(dict.fromkeys([*code.co_names, *inside]))

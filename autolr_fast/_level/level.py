@@ -42,6 +42,7 @@ class Level:
     Attributes:
         base: learning rate of each group at level 1; groups that came later have none until :meth:`add_groups`.
         value: the level, 0-dim float64.
+        limits: lowest and highest level, annealing included: beyond them every group is at a limit of its own.
         total_steps: as given.
         heat: what holds the level.
         held_back: what the losses on examples held back say.
@@ -74,18 +75,13 @@ class Level:
         devices = {rate.device if isinstance(rate, Tensor) else torch.device("cpu") for rate in rates}
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         self.value = torch.ones((), dtype=torch.float64, device=device)
+        self._known: float | None = 1.0  # the same as a number, where that takes no waiting
         self._ceiling = torch.full_like(self.value, math.inf)
         self.heat = Heat(max_heat, device)
+        self.limits = self._lr_limits
         self.add_groups()
         if not any(self.base):
             raise ValueError("the lr of all param groups is 0, which no level can scale: give at least one its own")
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """Lowest and highest level, annealing included: beyond them every group is at a limit of its own."""
-        lowest, highest = self._lr_limits
-        moving = [base for base in self.base if base]
-        return lowest / max(moving), highest / min(moving)
 
     def highest_ratio(self, rates: Iterable[float]) -> float:
         """Return by how much these rates can be multiplied before the first is at its upper limit."""
@@ -117,7 +113,8 @@ class Level:
             return 1.0
         fraction = min(1.0, step / self.total_steps)
         multiplier = self._annealing(fraction)
-        check_multiplier(self._annealing, fraction, multiplier)
+        if type(multiplier) is not float or not 0.0 <= multiplier < math.inf:
+            check_multiplier(self._annealing, fraction, multiplier)
         return float(multiplier)
 
     def annealed(self, step: int) -> Tensor | float:
@@ -126,7 +123,7 @@ class Level:
         Returns:
             A number if the level is on the CPU, where one is had at a tenth of the time; else 0-dim.
         """
-        level = self.value.item() if self.value.is_cpu else self.value
+        level = self.value if self._known is None else self._known
         return _within(level * self.multiplier(step), *self.limits)
 
     def start_at(self, value: Tensor | float) -> None:
@@ -213,7 +210,7 @@ class Level:
 
     def of_groups(self) -> list[float | Tensor]:
         """Return the rate of each group before annealing; of one that has no base yet, its ``lr``."""
-        value = self.value.item() if self.value.is_cpu else self.value
+        value = self.value if self._known is None else self._known
         return [*(self._rate(base, value) for base in self.base), *(group["lr"] for group in self.new_groups())]
 
     def overrun(self, step: int) -> str:
@@ -255,6 +252,7 @@ class Level:
         rates = [_start_of(group, is_new=scale is not None) for group in self.new_groups()]
         bases = [self._checked(rate, first + index) * unit for index, rate in enumerate(rates)]
         self.base += bases
+        self._find_limits()
         self._written += map(_stamp, rates)
         self._set(self.value)
 
@@ -279,12 +277,20 @@ class Level:
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` returned; :meth:`check` it first."""
         self.base[:] = state["base_lrs"]
+        self._find_limits()
         self.value = torch.full_like(self.value, state["value"])
+        self._known = state["value"] if self.value.is_cpu else None
         self._ceiling = torch.full_like(self.value, state["ceiling"])
         self.heat.load(state["heat"])
 
+    def _find_limits(self) -> None:
+        if moving := [base for base in self.base if base]:
+            lowest, highest = self._lr_limits
+            self.limits = lowest / max(moving), highest / min(moving)
+
     def _set(self, level: Tensor) -> None:
         self.value = level.clamp(*self.limits) if any(self.base) else level
+        self._known = self.value.item() if self.value.is_cpu else None
         for group, rate in zip(self._optimizers.param_groups, self.of_groups(), strict=True):
             group["initial_lr"] = _like(group["lr"], rate)
 

@@ -52,7 +52,7 @@ class Writes:
     def before_probe(self) -> str:
         """Return what to tell the user of the step that is to be probed."""
         now, ended, before = sample(self._optimizers, _ELEMENTS), self._ended, self._taken_back
-        self._ended, self._taken_back = now, None
+        self._ended, self._left, self._taken_back = now, now, None
         if ended is not None and _distance(ended, now) > _ROUNDING * self._length:
             return _BETWEEN
         if before is not None and 2 * _distance(now, before[1]) < _distance(now, before[0]):
@@ -60,9 +60,11 @@ class Writes:
         return ""
 
     def leave(self, has_retaken: bool) -> None:
-        """See where AutoLR left them."""
+        """See where AutoLR left them: where the step had ended, if no step was taken again."""
+        if not has_retaken:
+            return
         self._left = sample(self._optimizers, _ELEMENTS)
-        if has_retaken and self._ended is not None and self._began is not None:
+        if self._ended is not None and self._began is not None:
             taken, length = _distance(self._began, self._left), _distance(self._began, self._ended)
             if not length / _TOLD_APART < taken < length * _TOLD_APART:  # else the next step might end at either
                 self._taken_back = self._left, self._ended
@@ -83,7 +85,10 @@ _HIDDEN = (
 def sample(optimizers: Optimizers, elements: int = 1) -> Tensor:
     """Return some elements of each parameter, evenly over it, as float64 on the CPU: a step moves nearly all."""
     flat = [local(parameter).detach().flatten() for parameter in optimizers.parameters]
-    return torch.cat([each[:: max(1, each.numel() // elements)][:elements].double().cpu() for each in flat])
+    some = [each[:: max(1, each.numel() // elements)][:elements] for each in flat]
+    if len({each.device for each in some}) == 1:  # one wait for the device, and not one a parameter
+        return torch.cat([each.double() for each in some]).cpu()
+    return torch.cat([each.double().cpu() for each in some])
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
