@@ -442,7 +442,7 @@ class AutoLR(LRScheduler):
         if is_close != schedule.is_close(self._tracker.probed):
             self._pace.begin_anew()
         is_alarmed = False
-        if not is_search and self._can_leave_out(batch, is_close):
+        if not is_search and batch.beside is not None and self._can_leave_out(batch, is_close):
             # What the level should be changes with the logarithm of the steps done.
             least = 1 if is_close else _RAREST * (schedule.every_steps or 1)
             is_left_out = self._pace.leaves_out(now // least)
@@ -493,8 +493,7 @@ class AutoLR(LRScheduler):
 
     def _can_leave_out(self, batch: _Batch, is_close: bool) -> bool:
         """Whether a probe that is due may be left out: training's own losses then tell if steps were too long."""
-        is_known = batch.beside is not None and batch.knows_begin and self._level.value.is_cpu
-        return is_known and (is_close or self._rule is None)
+        return batch.knows_begin and self._level.value.is_cpu and (is_close or self._rule is None)
 
     def _end_probe(self, now: int) -> None:
         self._losses.forget()
