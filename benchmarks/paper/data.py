@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = ["Batches", "DataError", "Dataset", "load_dataset", "save_atomically"]
+__all__ = ["CIFAR_10", "Batches", "DataError", "Dataset", "load_dataset", "name_of", "save_atomically", "suffix_of"]
 
+CIFAR_10 = "fcdfc1194f77b600cbbc597e2175fc833e6afaaf589ba78da8e22fc8d320589f"
+"""Digest of the data set that the source's figures are of."""
+_NAMES: Mapping[str, str] = {
+    CIFAR_10: "CIFAR-10",
+    "4c623e5fafd382e2f0e2c0bf7de20313a80f2201c98919a3194b632a0872e831": "CIFAR-100",
+}
 _LABELS = ("label", "fine_label")  # CIFAR-10's column, CIFAR-100's
 _PADDING = 4  # pixels on each side, of which the random crop takes some away
 
@@ -84,7 +90,7 @@ class Batches:
     def random_batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Return images [size, 3, H, W], normalised, and labels [size], drawn anew and with replacement."""
         generator = _generator(f"draw {self._seed} {step}")
-        chosen = torch.randint(self.count, (size,), generator=generator).to(self._images.device)
+        chosen = _to(self._images.device, torch.randint(self.count, (size,), generator=generator))
         return self._take(chosen, f"augment drawn {self._seed} {step}")
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -96,6 +102,21 @@ class Batches:
         if self._augment:
             images = _flip_and_crop(images, _generator(stream))
         return self.normalize(images), self._labels[chosen]
+
+
+def name_of(digest: str) -> str:
+    """Return what a data set is called in tables and pictures, by the digest of :class:`Dataset`."""
+    return _NAMES.get(digest, f"images {digest[:8]}")
+
+
+def suffix_of(digest: str) -> str:
+    """Return what keeps the files of a data set apart from those of CIFAR-10, which have no suffix.
+
+    Example:
+        >>> suffix_of(CIFAR_10), suffix_of("0123456789")
+        ('', '-images01234567')
+    """
+    return "" if digest == CIFAR_10 else "-" + name_of(digest).replace("-", "").replace(" ", "").lower()
 
 
 def load_dataset(directory: Path, cache: Path, option: str = "--data") -> Dataset:
@@ -214,9 +235,9 @@ def _flip_and_crop(images: Tensor, generator: torch.Generator) -> Tensor:
     batch, _, height, width = images.shape
     device = images.device
     # Drawn on the CPU, so that a GPU trains on the same images.
-    top = torch.randint(2 * _PADDING + 1, (batch, 1), generator=generator).to(device)
-    left = torch.randint(2 * _PADDING + 1, (batch, 1), generator=generator).to(device)
-    flip = (torch.rand(batch, 1, generator=generator) < 0.5).to(device)
+    top = _to(device, torch.randint(2 * _PADDING + 1, (batch, 1), generator=generator))
+    left = _to(device, torch.randint(2 * _PADDING + 1, (batch, 1), generator=generator))
+    flip = _to(device, torch.rand(batch, 1, generator=generator) < 0.5)
     row = top + torch.arange(height, device=device)
     column = torch.arange(width, device=device)
     column = left + torch.where(flip, width - 1 - column, column)
@@ -224,6 +245,12 @@ def _flip_and_crop(images: Tensor, generator: torch.Generator) -> Tensor:
     image = torch.arange(batch, device=device).view(-1, 1, 1, 1)
     channel = torch.arange(3, device=device).view(1, -1, 1, 1)
     return padded[image, channel, row[:, None, :, None], column[:, None, None, :]]
+
+
+def _to(device: torch.device, drawn: Tensor) -> Tensor:
+    """Return the tensor on a device, which is not waited for."""
+    # CUDA has read memory that is not pinned when the call returns.
+    return drawn.to(device, non_blocking=True)
 
 
 def _generator(stream: str) -> torch.Generator:

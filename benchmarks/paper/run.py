@@ -16,23 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD
-from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 import autolr_fast
-from autolr_fast import FACTORS_3, FACTORS_5, FACTORS_7, AutoLR, Rule
-from autolr_fast.demo import BASELINES
+from autolr_fast import AutoLR
 
 from .. import resident
 from .data import Batches, load_dataset
 from .log import Log, RunError, mark
 from .models import ResNet18
-from .rules import RULES
+from .passes import Captured, Passes, loss_of
+from .schedulers import scheduler
 
-__all__ = ["FACTORS", "PROBING", "Run"]
+__all__ = ["Run"]
 
-PROBING = ("auto", "paper")
-FACTORS = {"3": FACTORS_3, "5": FACTORS_5, "7": FACTORS_7, "wide": (64.0, 16.0, 4.0, 1.0, 1 / 4, 1 / 16, 1 / 64)}
 _FREE_ON_RESUME = ("data", "out", "cache", "steps")  # they say where, or until when, but not what is computed
 _FLUSH_EVERY = 100  # steps
 _NARROW = 8  # channels: with fewer, oneDNN of torch 2.13 overruns its memory on some CPUs
@@ -74,7 +71,8 @@ class Run:
         self.optimizer = SGD(
             self.model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
         )
-        self.scheduler = self._scheduler()
+        self.scheduler = scheduler(args, self.optimizer, self.model, self.total_steps, self.batches.per_epoch)
+        self.passes = self._passes()
         self.step = 0
         self.seconds = {"training": 0.0, "probing": 0.0, "evaluating": 0.0}
         self.peak = 0
@@ -117,14 +115,15 @@ class Run:
         row = {"kind": "step", "step": self.step + 1, "epoch": self.step // self.batches.per_epoch}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         batch = self.batches.batch(self.step)
-        self.optimizer.zero_grad()
-        loss = self._loss(*batch)
-        loss.backward()
+        closure = self.passes.begin(*batch)
+        is_seen = isinstance(self.scheduler, AutoLR) and not self._scores_other_images()
+        loss = self.scheduler.loss(closure) if is_seen else closure()
+        self.passes.backward(loss)
         self.optimizer.step()
-        row["loss"] = loss.detach()
+        row["loss"] = loss.detach().clone()  # the next replay of a graph writes to the same place
         if isinstance(self.scheduler, AutoLR):
             last_probe, start = self.scheduler.last_probe, mark(self.device)
-            self.scheduler.step(self._closure(*batch))
+            self.scheduler.step(None if is_seen else self._closure(*batch))
             if self.scheduler.last_probe is not last_probe:
                 row["probe"] = (self.scheduler.last_probe, start, mark(self.device))
         else:
@@ -132,11 +131,16 @@ class Run:
         self.log.pending.append(row)
         self.step += 1
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(images), labels)
+    def _passes(self) -> Passes:
+        if self.args.step == "captured":
+            return Captured(self.model, *self.batches.batch(0), replays_probes=self.args.evaluator == "inplace")
+        return Passes(self.model, torch.compile(self.model) if self.args.step == "compiled" else None)
+
+    def _scores_other_images(self) -> bool:
+        return self.args.score_batch == "independent" or self.args.score_batch_size is not None
 
     def _closure(self, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-        """Return the closure of a probe: the loss of this batch, or of as many or more images from elsewhere."""
+        """Return the closure of a probe that is scored on images from elsewhere, or on another number of them."""
         size = self.args.score_batch_size or len(labels)
         kept = 0 if self.args.score_batch == "independent" else min(size, len(labels))
 
@@ -147,7 +151,7 @@ class Run:
             more_images, more_labels = self.batches.random_batch(self.step, size - kept)
             return torch.cat([images[:kept], more_images]), torch.cat([labels[:kept], more_labels])
 
-        return lambda: self._loss(*scored())
+        return lambda: loss_of(self.model, *scored())
 
     def _flush(self) -> dict[str, Any]:
         """Write the pending rows, add their time to the account, and return the last."""
@@ -178,30 +182,6 @@ class Run:
         """Return the seconds since the last call."""
         before, self._clock = self._clock, time.perf_counter()
         return self._clock - before
-
-    def _scheduler(self) -> LRScheduler:
-        args = self.args
-        if args.scheduler not in PROBING:
-            return BASELINES[args.scheduler](self.optimizer, self.total_steps)
-        chosen: dict[str, Any] = {"evaluator": args.evaluator}
-        if args.every is not None:
-            chosen["probe_every_steps"] = self.batches.per_epoch if args.every == "epoch" else args.every
-        if args.calibrate is not None:
-            chosen["calibration_steps"] = args.calibrate
-        rule: dict[str, Any] = {"factors": FACTORS_3, "window_steps": 1} if args.scheduler == "paper" else {}
-        if args.factors is not None:
-            rule["factors"] = FACTORS[args.factors]
-        if args.score is not None:
-            rule["normalize"], rule["score"] = RULES[args.score]
-        if args.direction is not None:
-            rule["direction"] = args.direction
-        try:
-            chosen["rule"] = Rule(**rule)
-            if args.scheduler == "paper":
-                return AutoLR.paper(self.optimizer, self.model, **chosen)
-            return AutoLR(self.optimizer, self.model, total_steps=self.total_steps, **chosen)
-        except ValueError as error:
-            raise RunError(f"--scheduler {args.scheduler}: {error}") from error
 
     def _header(self, classes: int) -> dict[str, Any]:
         return {

@@ -21,8 +21,10 @@ from autolr_fast.demo import BASELINES
 
 from .data import DataError
 from .log import RunError
+from .passes import STEPS
 from .rules import RULES
-from .run import FACTORS, PROBING, Run
+from .run import Run
+from .schedulers import FACTORS, PROBING
 
 __all__ = ["CACHE", "COMMAND", "device", "main", "number"]
 
@@ -70,10 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", None, "directory of log.jsonl and checkpoint.pt", type=Path, required=True)
     add("--scheduler", "auto", "auto is AutoLR, paper is AutoLR.paper", choices=[*PROBING, *BASELINES])
     add("--lr", 0.005, "where the learning rate starts", type=number(float, above=0))
-    add("--factors", None, "of auto and paper: how many, or 7 that lie further apart (2 and 3)", choices=FACTORS)
+    add(
+        "--factors",
+        None,
+        "of a rule: how many, or 7 that lie further apart (paper 3, auto no rule)",
+        choices=FACTORS,
+    )
     add("--every", None, "steps from probe to probe, or 'epoch' (auto 10, paper 1)", type=_every)
-    add("--score", None, "how losses become weights (minmax)", choices=RULES)
-    add("--direction", None, "of the candidates (step)", choices=("step", "gradient"))
+    add("--score", None, "how a rule's losses become weights (minmax)", choices=RULES)
+    add("--direction", None, "of a rule's candidates (step)", choices=("step", "gradient"))
     add("--calibrate", None, "first steps that are all probed (auto 20, paper 0)", type=number(int, lowest=0))
     add("--score-batch", None, "that a probe is scored on (training)", choices=("training", "independent"))
     add(
@@ -95,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--width", 64, "channels of the first stage", type=count)
     add("--seed", 0, "of weights, order and augmentation", type=number(int, lowest=0, below=2**63))
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "where to train", type=device)
+    add("--step", "eager", "how its passes run; captured, in CUDA graphs, is the fastest on a GPU", choices=STEPS)
     add(
         "--eval-every", None, "steps from validation to validation (an epoch); the last step is one too", type=count
     )
