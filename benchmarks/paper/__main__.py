@@ -1,6 +1,7 @@
 """The experiments of the source: ``python -m benchmarks.paper [EXPERIMENT ...] --data DIR``.
 
-Runs what is missing of each, and writes its results to ``benchmarks/results/paper/``.
+Runs what is missing of each, and writes its results to ``benchmarks/results/paper/``. Runs and results of another
+data set than CIFAR-10 have its name beside the experiment's.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from .data import DataError, load_dataset
+from .data import DataError, load_dataset, suffix_of
 from .experiments import EXPERIMENTS, SCALES, Setting, arguments
+from .passes import STEPS
 from .report import RESULTS, Report
 from .runner import Planned, is_finished, run_missing
 from .train import CACHE, device, number
@@ -40,16 +42,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = args.jobs if args.jobs is not None else (1 if where.startswith("cuda") else os.cpu_count() or 1)
     names = args.experiments or list(EXPERIMENTS)
     try:
-        load_dataset(args.data, args.cache)  # decodes once what all runs read
+        data = load_dataset(args.data, args.cache).digest  # decodes once what all runs read
     except (DataError, OSError) as error:
         parser.error(str(error))
 
-    places = ("--data", str(args.data.resolve()), "--cache", str(args.cache.resolve()), "--device", where)
+    step = args.step or ("captured" if args.scale == "full" and where.startswith("cuda") else "eager")
+    places = ("--data", str(args.data.resolve()), "--cache", str(args.cache.resolve()))
+    places = (*places, "--device", where, "--step", step)
+    directory = args.runs.resolve() / f"{args.scale}{suffix_of(data)}"
 
     def planned(setting: Setting, seed: int) -> Planned:
         """The same setting has one place in all experiments, and is run once."""
         chosen = dict(sorted(setting.options.items()))
-        out = args.runs.resolve() / args.scale / "_".join(f"{key}-{value}" for key, value in chosen.items())
+        out = directory / "_".join(f"{key}-{value}" for key, value in chosen.items())
         options = arguments({**SCALES[args.scale], **chosen, "seed": seed})
         return Planned(out / f"seed-{seed}", tuple(options), places)
 
@@ -63,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         failed = []
         print("interrupted", file=sys.stderr)
     for name in names:
-        report = Report(name, args.scale, args.results)
+        report = Report(name, args.scale, args.results, data)
         for seed in seeds:
             for setting, run in zip(EXPERIMENTS[name].settings, runs[name][seed], strict=True):
                 if is_finished(run):
@@ -101,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         help="stop then; 0 only writes what is there (no limit)",
     )
     add("--device", type=device, help="where to train (a GPU if there is one)")
+    add("--step", choices=STEPS, help="how passes run (captured on a GPU at full scale, else eager)")
     add("--runs", type=Path, default=Path("build/paper"), help="directory of logs and checkpoints (%(default)s)")
     add("--results", type=Path, default=RESULTS, help="directory of the results (%(default)s)")
     add("--cache", type=Path, default=CACHE, help="directory of the decoded images (%(default)s)")

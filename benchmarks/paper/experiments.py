@@ -42,7 +42,7 @@ _SMALL: Options = {**_EVERYWHERE, "width": 8, "limit": 10_000, "validation": 2_0
 SCALES: Mapping[str, Options] = {
     "small": _SMALL,
     "long": {**_SMALL, "epochs": 20, "eval-every": 312},
-    "full": _EVERYWHERE,
+    "full": {**_EVERYWHERE, "checkpoint-every": 5_000},  # a checkpoint takes as long as a hundred steps of a GPU
     "toy": {**_EVERYWHERE, "width": 2, "limit": 24, "validation": 8, "test-limit": 8, "batch-size": 8, "epochs": 4},
 }
 """Options of every run at a scale. The others are train's defaults: lr 0.005, batch 32, plain SGD, 100 epochs."""
@@ -102,7 +102,7 @@ def _readings() -> Iterator[Setting]:
 EXPERIMENTS: Mapping[str, Experiment] = {
     "schedulers": Experiment(
         "Schedulers",
-        "ResNet-18 on CIFAR-10 from lr0 = 0.005, under the schedules that the source compares: step is a tenth at "
+        "ResNet-18 from lr0 = 0.005, under the schedules that the source compares: step is a tenth at "
         "each third, linear and cosine end at zero. AutoLR.paper is the source's rule (last step, training batch, "
         "Factor_3, every step); AutoLR, which the source does not have, is this package's default.",
         (
@@ -115,8 +115,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "factors": Experiment(
         "Number of factors",
         "AutoLR.paper with Factor_3 = [2, 1, 1/2], Factor_5 = [4, 2, 1, 1/2, 1/8] and "
-        "Factor_7 = [8, 4, 2, 1, 1/2, 1/4, 1/8], as the source lists them. The source compares them on CIFAR-100: "
-        "--data may hold that.",
+        "Factor_7 = [8, 4, 2, 1, 1/2, 1/4, 1/8], as the source lists them. The source compares them on CIFAR-100.",
         (
             Setting("Factor_3", _PAPER),
             Setting("Factor_5", {**_PAPER, "factors": 5}),

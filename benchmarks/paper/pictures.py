@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .data import name_of
 from .experiments import EXPERIMENTS, Setting
 from .tables import about, command
 
@@ -30,11 +31,11 @@ def picture(name: str, scale: str, rows: Rows) -> Figure:
     Args:
         name: of the experiment.
         scale: of the rows.
-        rows: of its finished runs, at least one.
+        rows: of its finished runs, at least one, on one data set.
     """
     experiment = EXPERIMENTS[name]
     figure = _cost(rows) if name == "cost" else _curves(experiment.settings, rows)
-    figure.suptitle(f"{experiment.title} ({scale} scale)")
+    figure.suptitle(f"{experiment.title}, {name_of(rows[0]['data'])} ({scale} scale)")
     figure.supxlabel(f"{command(name, scale)}\n{about(rows)[0]}", fontsize=7, color="0.4", wrap=True)
     return figure
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from cpuinfo import get_cpu_info
 
+from .data import suffix_of
 from .experiments import EXPERIMENTS, SCALES, Setting
 from .pictures import picture
 from .summary import summarize
@@ -20,19 +21,22 @@ RESULTS = Path(__file__).parents[1] / "results" / "paper"
 
 
 class Report:
-    """The results of an experiment at a scale: those that lie in a directory already, and those added.
+    """The results of an experiment on a data set, at a scale: those in a directory already, and those added.
 
-    Rows that are no longer of the experiment, by their setting or its options, are left out.
+    Rows of other data are left out, and those no longer of the experiment, by their setting or its options.
 
     Args:
         name: of the experiment.
         scale: of its runs.
-        directory: of ``NAME.SCALE.jsonl``, ``NAME.SCALE.png`` and ``NAME.md``.
+        directory: of ``NAME.SCALE.jsonl``, ``NAME.SCALE.png`` and ``NAME.md``; the data set is part of the name,
+            unless it is CIFAR-10.
+        data: digest of the data set.
     """
 
-    def __init__(self, name: str, scale: str, directory: Path):
+    def __init__(self, name: str, scale: str, directory: Path, data: str):
         self._name = name
         self._scale = scale
+        self._data = data
         self._directory = directory
         self._rows = {(row["setting"], row["seed"]): row for row in self._read(scale)}
 
@@ -43,8 +47,13 @@ class Report:
             setting: of the experiment.
             seed: of the run.
             out: its directory.
+
+        Raises:
+            ValueError: if it was trained on other data.
         """
         summary = summarize(out / "log.jsonl")
+        if summary["data"] != self._data:
+            raise ValueError(f"{out} is of images {summary['data'][:12]}, and this report of {self._data[:12]}")
         self._rows[setting.label, seed] = {
             "setting": setting.label,
             "scale": self._scale,
@@ -70,7 +79,8 @@ class Report:
         lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         picture(self._name, self._scale, rows).savefig(image, dpi=110)
         text = self._path(".md")
-        text.write_text(page(self._name, {scale: self._read(scale) for scale in SCALES}), encoding="utf-8")
+        rows_of_scales = {scale: self._read(scale) for scale in SCALES}
+        text.write_text(page(self._name, rows_of_scales, self._data), encoding="utf-8")
         return [lines, image, text]
 
     def _read(self, scale: str) -> list[dict[str, Any]]:
@@ -79,13 +89,13 @@ class Report:
             return []
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         options = {setting.label: self._options(setting, scale) for setting in EXPERIMENTS[self._name].settings}
-        return [row for row in rows if row["options"] == options.get(row["setting"])]
+        return [row for row in rows if row["options"] == options.get(row["setting"]) and row["data"] == self._data]
 
     def _options(self, setting: Setting, scale: str | None = None) -> dict[str, Any]:
         return {**SCALES[scale or self._scale], **setting.options}
 
     def _path(self, suffix: str) -> Path:
-        return self._directory / f"{self._name}{suffix}"
+        return self._directory / f"{self._name}{suffix_of(self._data)}{suffix}"
 
 
 def _machine(device: str) -> str:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .data import CIFAR_10, name_of, suffix_of
 from .experiments import EXPERIMENTS, SCALES, SOURCE, Experiment, arguments
 
 __all__ = ["COLUMNS", "about", "command", "page"]
@@ -14,15 +15,16 @@ Rows = Sequence[Mapping[str, Any]]
 _EMPTY = ""
 
 
-def page(name: str, rows: Mapping[str, Rows]) -> str:
+def page(name: str, rows: Mapping[str, Rows], data: str) -> str:
     """Return the page of an experiment: a table for each scale that was run, and one to be filled for the full one.
 
     Args:
         name: of the experiment.
         rows: of each scale.
+        data: digest of the data set that all of them are of.
     """
     experiment = EXPERIMENTS[name]
-    lines = [f"# {experiment.title}", "", experiment.question, ""]
+    lines = [f"# {experiment.title}, {name_of(data)}", "", experiment.question, ""]
     lines += ["Mean ± standard deviation over the seeds."]
     if "best validation" in experiment.columns:
         lines[-1] += (
@@ -37,12 +39,12 @@ def page(name: str, rows: Mapping[str, Rows]) -> str:
     for scale, of_scale in rows.items():
         if not of_scale and scale != "full":
             continue
-        lines += ["", f"## {scale.capitalize()} scale", "", *_table(experiment, scale, of_scale), ""]
+        lines += ["", f"## {scale.capitalize()} scale", "", *_table(experiment, scale, of_scale, data), ""]
         lines += [f"`{command(name, scale)}`", ""]
         lines += about(of_scale) if of_scale else ["Not run yet: that command fills this table, on a GPU."]
         lines += [f"Every run: `{' '.join(arguments(SCALES[scale]))}`."]
         if of_scale:
-            lines += ["", f"![{experiment.title}, {scale} scale]({name}.{scale}.png)"]
+            lines += ["", f"![{experiment.title}, {scale} scale]({name}{suffix_of(data)}.{scale}.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -61,14 +63,16 @@ def about(rows: Rows) -> list[str]:
     })  # fmt: skip
     seeds = sorted({row["seed"] for row in rows})
     return [
-        f"{first['parameters']:,} parameters, {first['train_images']:,} images to train on, "
-        f"{first['validation_images']:,} to validate with, {first['test_images']:,} to test on, "
+        f"{name_of(first['data'])}: {first['train_images']:,} images to train on, "
+        f"{first['validation_images']:,} to validate with, {first['test_images']:,} to test on; "
+        f"{first['parameters']:,} parameters, "
         f"{first['total_steps']:,} steps of {first['total_steps'] // first['steps_per_epoch']} epochs, "
         f"seeds {', '.join(map(str, seeds))}. {'; '.join(machines)}."
     ]
 
 
-def _table(experiment: Experiment, scale: str, rows: Rows) -> list[str]:
+def _table(experiment: Experiment, scale: str, rows: Rows, data: str) -> list[str]:
+    known = SOURCE if data == CIFAR_10 else {}
     titles = [f"{column}, {scale} scale" if column == "accuracy" else column for column in experiment.columns]
     titles = ["source's accuracy, its own scale" if title == "source" else title for title in titles]
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
@@ -77,7 +81,7 @@ def _table(experiment: Experiment, scale: str, rows: Rows) -> list[str]:
         cells = []
         for column in experiment.columns:
             if column == "source":
-                cells.append(f"{SOURCE[setting.label]:.1f} %" if setting.label in SOURCE else _EMPTY)
+                cells.append(f"{known[setting.label]:.1f} %" if setting.label in known else _EMPTY)
             else:
                 cells.append(COLUMNS[column](of_setting, rows) if of_setting else _EMPTY)
         lines.append(f"| {setting.label} | {' | '.join(cells)} |")

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autolr_fast import FACTORS_3, FACTORS_7, Rule
+from autolr_fast import FACTORS_3, FACTORS_7, AutoLR, Rule
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import train
-from benchmarks.paper.data import Batches, load_dataset
+from benchmarks.paper.data import CIFAR_10, Batches, load_dataset, name_of, suffix_of
 from benchmarks.paper.experiments import EXPERIMENTS, SOURCE, arguments
 from benchmarks.paper.models import ResNet18
 from benchmarks.paper.report import Report
@@ -33,6 +33,11 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def digest(images, cache):
+    return load_dataset(images, cache).digest
 
 
 @pytest.fixture
@@ -112,6 +117,34 @@ def test_drawn_images_come_with_their_labels_and_depend_on_the_step_alone():
     assert not torch.equal(batches.random_batch(6, 64)[1], labels)
 
 
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [
+        (["--scheduler", "auto"], 6),
+        ([], 6),
+        (["--score-batch", "independent"], 0),
+        (["--score-batch-size", "4"], 0),
+        (["--scheduler", "constant"], 0),
+    ],
+)
+def test_losses_of_training_go_through_autolr_if_it_judges_by_them(run, monkeypatch, more, count):
+    seen = []
+    loss = AutoLR.loss
+    monkeypatch.setattr(AutoLR, "loss", lambda self, closure: seen.append(loss(self, closure)) or seen[-1])
+    rows = run(*more)
+    assert len(seen) == count
+    assert [each.item() for each in seen] == [row["loss"] for row in rows if row["kind"] == "step"][:count]
+
+
+def test_autolr_has_a_rule_where_one_is_asked_for(run, tmp_path):
+    more = ["--scheduler", "auto", "--calibrate", "0", "--every", "2", "--epochs", "6"]
+    heat = [row["probe"] for row in run(*more) if "probe" in row]
+    assert [probe["factors"] for probe in heat] == [[2 / 3, 1.0]] * 3  # a mean of parameters, and the newer ones
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    ruled = [row["probe"] for row in run(*more, "--factors", "3") if "probe" in row]
+    assert [probe["factors"] for probe in ruled] == [list(FACTORS_3)] * 4
+
+
 def test_probes_come_once_an_epoch(run):
     assert [row["step"] for row in run("--every", "epoch") if "probe" in row] == [3, 6]
 
@@ -179,7 +212,14 @@ def write_log(out, *rows):
 
 HEADER = {
     **{"kind": "header", "command": shlex.join(train.COMMAND), "versions": {"torch": "1"}, "device": "x86_64"},
-    **{"threads": 1, "data": "d", "parameters": 5, "train_images": 4, "validation_images": 2, "test_images": 2},
+    **{
+        "threads": 1,
+        "data": CIFAR_10,
+        "parameters": 5,
+        "train_images": 4,
+        "validation_images": 2,
+        "test_images": 2,
+    },
     **{"steps_per_epoch": 2, "total_steps": 4},
 }
 
@@ -263,23 +303,25 @@ def test_every_setting_has_a_name_of_its_own():
     assert arguments({"lr": 0.1, "augment": False}) == ["--lr", "0.1", "--no-augment"]
 
 
-def test_all_experiments_at_toy_scale(places, tmp_path, capsys):
+def test_all_experiments_at_toy_scale(places, digest, tmp_path, capsys):
     paper.main([*places, "--seeds", "1", "--jobs", "0"])
     printed = capsys.readouterr().out
     assert "missing" not in printed
+    own = suffix_of(digest)
+    assert own == f"-images{digest[:8]}"
     for name, experiment in EXPERIMENTS.items():
-        rows = lines_of(tmp_path / "results" / f"{name}.toy.jsonl")
+        rows = lines_of(tmp_path / "results" / f"{name}{own}.toy.jsonl")
         assert [row["setting"] for row in rows] == [setting.label for setting in experiment.settings]
-        assert {row["scale"] for row in rows} == {"toy"}
-        text = (tmp_path / "results" / f"{name}.md").read_text()
+        assert {(row["scale"], row["data"]) for row in rows} == {("toy", digest)}
+        text = (tmp_path / "results" / f"{name}{own}.md").read_text()
         assert f"python -m benchmarks.paper {name} --scale toy" in text
         assert f"python -m benchmarks.paper {name} --scale full" in text
         assert str(tmp_path) not in text
-        assert f"wrote {tmp_path / 'results' / name}.toy.png" in printed
-        assert (tmp_path / "results" / f"{name}.toy.png").stat().st_size > 10_000
+        assert f"wrote {tmp_path / 'results' / name}{own}.toy.png" in printed
+        assert (tmp_path / "results" / f"{name}{own}.toy.png").stat().st_size > 10_000
 
     # What several experiments have in common was run once, and nothing is run again.
-    runs = list((tmp_path / "runs").glob("toy/*/seed-*/log.jsonl"))
+    runs = list((tmp_path / "runs").glob(f"toy{own}/*/seed-*/log.jsonl"))
     settings = {frozenset(setting.options.items()) for it in EXPERIMENTS.values() for setting in it.settings}
     assert len(runs) == len(settings)
     before = {path: path.stat().st_mtime_ns for path in runs}
@@ -294,23 +336,24 @@ def test_all_experiments_at_toy_scale(places, tmp_path, capsys):
     assert by_name["scheduler-cosine"] == []
 
 
-def test_runs_go_on_in_processes_and_those_that_fail_are_named(places, tmp_path, capsys):
+def test_runs_go_on_in_processes_and_those_that_fail_are_named(places, digest, tmp_path, capsys):
+    runs, results = tmp_path / "runs" / f"toy{suffix_of(digest)}", tmp_path / "results"
     command = [*places, "schedulers", "--seeds", "1"]
     paper.main([*command, "--minutes", "0"])
     assert "6 of 6 runs are missing" in capsys.readouterr().out
-    assert not (tmp_path / "results").exists()
+    assert not results.exists()
 
     # A directory where a log should be: this run cannot write.
-    (tmp_path / "runs" / "toy" / "scheduler-step" / "seed-0" / "checkpoint.pt").mkdir(parents=True)
+    (runs / "scheduler-step" / "seed-0" / "checkpoint.pt").mkdir(parents=True)
     with pytest.raises(SystemExit) as failed:
         paper.main([*command, "--jobs", "2"])
     assert failed.value.code == 2
     said = capsys.readouterr().err
     assert "1 of 6 runs failed" in said
     (name,) = (line.strip() for line in said.splitlines() if line.endswith("stderr.txt"))
-    assert name == str(tmp_path / "runs" / "toy" / "scheduler-step" / "seed-0" / "stderr.txt")
-    assert "checkpoint.pt" in (tmp_path / "runs" / "toy" / "scheduler-step" / "seed-0" / "stderr.txt").read_text()
-    rows = lines_of(tmp_path / "results" / "schedulers.toy.jsonl")
+    assert name == str(runs / "scheduler-step" / "seed-0" / "stderr.txt")
+    assert "checkpoint.pt" in (runs / "scheduler-step" / "seed-0" / "stderr.txt").read_text()
+    rows = lines_of(results / f"schedulers{suffix_of(digest)}.toy.jsonl")
     assert {row["setting"] for row in rows} == {s.label for s in EXPERIMENTS["schedulers"].settings} - {"step"}
 
 
@@ -327,13 +370,13 @@ def test_a_report_keeps_what_was_there_and_drops_what_is_no_longer_asked_for(tmp
     constant, linear = EXPERIMENTS["schedulers"].settings[:2]
     for name, accuracy in (("first", 0.5), ("second", 0.75)):
         write_log(tmp_path / name, *finished_log(accuracy))
-    report = Report("schedulers", "toy", tmp_path / "results")
+    report = Report("schedulers", "toy", tmp_path / "results", CIFAR_10)
     assert report.write() == []
     report.add(constant, 0, tmp_path / "first")
     lines, _, text = report.write()
     assert "| constant | 50.0 % | 83.5 % | 50.0 % | 1.750 |" in text.read_text()
 
-    report = Report("schedulers", "toy", tmp_path / "results")
+    report = Report("schedulers", "toy", tmp_path / "results", CIFAR_10)
     report.add(constant, 1, tmp_path / "second")
     report.add(linear, 0, tmp_path / "second")
     report.write()
@@ -344,15 +387,46 @@ def test_a_report_keeps_what_was_there_and_drops_what_is_no_longer_asked_for(tmp
 
     rows[0]["options"]["epochs"] = 9  # as if the scale had been another then
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Report("schedulers", "toy", tmp_path / "results").write()
+    Report("schedulers", "toy", tmp_path / "results", CIFAR_10).write()
     kept = lines_of(lines)
     assert [(row["setting"], row["seed"]) for row in kept] == [("constant", 1), ("linear", 0)]
+
+
+def test_data_sets_share_no_table(tmp_path):
+    others = {
+        "4c623e5fafd382e2f0e2c0bf7de20313a80f2201c98919a3194b632a0872e831": ("CIFAR-100", "-cifar100"),
+        "0123456789": ("images 01234567", "-images01234567"),
+    }
+    assert (name_of(CIFAR_10), suffix_of(CIFAR_10)) == ("CIFAR-10", "")
+    constant, written = EXPERIMENTS["schedulers"].settings[0], []
+    for digest in (CIFAR_10, *others):
+        log = finished_log()
+        log[0] = HEADER | {"data": digest}
+        write_log(tmp_path / digest, *log)
+        report = Report("schedulers", "toy", tmp_path / "results", digest)
+        report.add(constant, 0, tmp_path / digest)
+        lines, image, text = report.write()
+        written.append((lines.name, image.name, text.name))
+        assert [row["data"] for row in lines_of(lines)] == [digest]
+        name = name_of(digest)
+        assert text.read_text().startswith(f"# Schedulers, {name}\n")
+        assert f"\n{name}: 4 images to train on" in text.read_text()
+        assert f"({image.name})" in text.read_text()
+        assert ("83.5 %" in text.read_text()) == (digest == CIFAR_10)  # the source's figures are of that
+    assert [name_of(digest) for digest in others] == [name for name, _ in others.values()]
+    for (_, suffix), files in zip(others.values(), written[1:], strict=True):
+        assert files == tuple(f"schedulers{suffix}.{end}" for end in ("toy.jsonl", "toy.png", "md"))
+    with pytest.raises(ValueError, match="is of images 0123456789, and this report of"):
+        Report("schedulers", "toy", tmp_path / "results", CIFAR_10).add(constant, 0, tmp_path / "0123456789")
+    # Rows of other data that lie in a file of that name are not taken over.
+    (tmp_path / "results" / written[0][0]).write_text((tmp_path / "results" / written[1][0]).read_text())
+    assert Report("schedulers", "toy", tmp_path / "results", CIFAR_10).write() == []
 
 
 def test_scales_do_not_share_a_table(tmp_path):
     write_log(tmp_path / "run", *finished_log())
     for scale in ("toy", "full"):
-        report = Report("schedulers", scale, tmp_path / "results")
+        report = Report("schedulers", scale, tmp_path / "results", CIFAR_10)
         report.add(EXPERIMENTS["schedulers"].settings[0], 0, tmp_path / "run")
         *_, text = report.write()
     tables = text.read_text().split("\n## ")[1:]
@@ -378,6 +452,30 @@ def test_bad_arguments_are_named_with_a_remedy(places, capsys, more, said):
     assert refused.value.code == 2
     message = capsys.readouterr().err
     assert [text for text in said if text not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("more", "step"),
+    [
+        (["--scale", "full", "--device", "cuda"], "captured"),
+        (["--scale", "full", "--device", "cuda:1", "--step", "compiled"], "compiled"),
+        (["--scale", "full", "--device", "cpu"], "eager"),
+        (["--scale", "small", "--device", "cuda"], "eager"),
+    ],
+)
+def test_the_full_scale_is_captured_on_a_gpu(places, monkeypatch, more, step):
+    asked = []
+    for module in (paper, train):
+        monkeypatch.setattr(module, "device", str)  # there may be no such device
+    monkeypatch.setattr(paper, "run_missing", lambda wanted, *_: asked.extend(wanted) or [])
+    paper.main([*places, *more, "schedulers"])
+    assert len(asked) == 18
+    for run in asked:
+        args = train._parser().parse_args([*run.options, *run.places, "--out", str(run.out)])
+        assert args.step == step
+        if "full" in more:
+            setting = args.epochs, args.batch_size, args.lr, args.width, args.limit, args.momentum
+            assert setting == (100, 32, 0.005, 64, None, 0.0)
 
 
 def test_the_full_scale_asks_for_a_gpu(images, cache, capsys, monkeypatch):
