@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         help="stop then; 0 only writes what is there (no limit)",
     )
     add("--device", type=device, help="where to train (a GPU if there is one)")
-    add("--step", choices=STEPS, help="how passes run (captured on a GPU at full scale, else eager)")
+    add("--step", choices=STEPS, help="how forward and backward run (captured on a GPU at full scale, else eager)")
     add("--runs", type=Path, default=Path("build/paper"), help="directory of logs and checkpoints (%(default)s)")
     add("--results", type=Path, default=RESULTS, help="directory of the results (%(default)s)")
     add("--cache", type=Path, default=CACHE, help="directory of the decoded images (%(default)s)")

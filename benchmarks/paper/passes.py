@@ -14,7 +14,7 @@ from .log import RunError
 __all__ = ["STEPS", "Captured", "Passes", "loss_of"]
 
 STEPS = ("eager", "compiled", "captured")
-"""The ways to run them: the first is the reference, the last the fastest on a GPU."""
+"""The ways to run them: the first is the reference, the last has the fewest launches."""
 _WARM_UP = 3  # runs before a capture: what is initialised at first use cannot be captured
 
 

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--width", 64, "channels of the first stage", type=count)
     add("--seed", 0, "of weights, order and augmentation", type=number(int, lowest=0, below=2**63))
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "where to train", type=device)
-    add("--step", "eager", "how its passes run; captured, in CUDA graphs, is the fastest on a GPU", choices=STEPS)
+    add("--step", "eager", "how forward and backward run; captured replays CUDA graphs", choices=STEPS)
     add(
         "--eval-every", None, "steps from validation to validation (an epoch); the last step is one too", type=count
     )
