@@ -330,6 +330,9 @@ class AutoLR(LRScheduler):
             self._counter.end_iteration()
             self._warn_once(self._level.reclaim())
         now = self._counter.steps
+        if closure is None and self._is_between_probes(now):  # as nearly always, and in the time of a short step
+            self._end_step(now)
+            return
         replay, own = self._losses.take(now, self._optimizers.parameters)
         closure, own = (closure, None) if closure is not None else (replay, own)
         window = self._tracker.window_due(now)
@@ -349,6 +352,23 @@ class AutoLR(LRScheduler):
                 batch = _Batch(closure, self._losses.seen(own), own is not None)
                 retaken = self._probe(batch, window, now, lr_before)
         self._hooks.leave(now, retaken is not None)
+        self._end_step(now)
+
+    def _is_between_probes(self, now: int) -> bool:
+        """Whether there is nothing to do after a step but to anneal: no probe is due, and none was missed."""
+        window_at = self._tracker.schedule.window_at
+        return (
+            now == self.last_epoch + 1
+            and not self._first_words
+            and window_at(now) is None
+            and window_at(now - 1) is None
+            and self._losses.is_empty
+            and not self._level.new_groups()
+            and not self._level.overrun(now)
+        )
+
+    def _end_step(self, now: int) -> None:
+        """Set the learning rates for the step after so many."""
         self.last_epoch = now
         self._step_count = now + 1
         self._apply()

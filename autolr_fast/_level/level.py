@@ -104,8 +104,8 @@ class Level:
 
     def has_ended(self, step: int) -> bool:
         """Whether annealing has come to its end after ``step`` optimizer steps."""
-        ends = (self.total_steps, self.held_back.end)
-        return any(end is not None and step >= end for end in ends)
+        total, end = self.total_steps, self.held_back.end
+        return (total is not None and step >= total) or (end is not None and step >= end)
 
     def _ordinary(self, step: int) -> float:
         """Return what the annealing that was asked for multiplies the level by."""

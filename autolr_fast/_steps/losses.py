@@ -57,6 +57,11 @@ class Losses:
         self._step, self._left = step, None
         self._replay.add(closure)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no closure is remembered."""
+        return self._replay is None
+
     def has(self, step: int) -> bool:
         """Whether a closure is remembered for a step."""
         return self._replay is not None and len(self._replay) > 0 and step == self._step
