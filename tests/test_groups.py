@@ -77,6 +77,7 @@ def test_a_group_that_is_added_is_searched_whatever_its_rate(lr0, added_lr, way)
     assert batch_loss(model, 99) < 0.8
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_a_group_that_is_frozen_is_searched_once_it_moves():
     model, optimizer, scheduler = start(1e-3)
     train(model, optimizer, scheduler, range(25))
@@ -214,6 +215,7 @@ def test_modules_keep_their_own_rates_when_none_is_added():
     assert scheduler.get_last_lr()[0] / scheduler.get_last_lr()[1] == pytest.approx(10)
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("frozen_at", [0, 10])
 def test_layers_that_were_frozen_are_watched_for_as_many_steps_as_calibration_takes(frozen_at):
     """Also if they were frozen after AutoLR was made."""
