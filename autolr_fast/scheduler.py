@@ -578,7 +578,7 @@ class AutoLR(LRScheduler):
                 moved = self._level.follow(torch.full_like(cost, 1 / _UNKNOWN), now)
             self._pace.see(moved.item())
             return _seen(seen, moved)
-        self._pace.begin_anew()
+        self._pace.hold()  # one such step is seldom the last
         self._level.fall(again.taken, with_ceiling=False)
         return _seen(seen, torch.full_like(cost, again.taken), again, self._retake(line, again.taken, now))
 

@@ -35,9 +35,14 @@ class Pace:
 
     def begin_anew(self) -> None:
         """Leave none out for now."""
+        self._is_held = False
         self._from_one_to_next = 1
         self.due = 0
         self._drift = 0.0
+
+    def hold(self) -> None:
+        """Leave none out until :meth:`begin_anew`."""
+        self._is_held = True
 
     def leaves_out(self, most: int = _RAREST) -> bool:
         """Count a probe that is due, and return whether it is left out.
@@ -46,7 +51,7 @@ class Pace:
             most: that ``n`` may be now.
         """
         self.due += 1
-        return self.due < min(self._from_one_to_next, most)
+        return not self._is_held and self.due < min(self._from_one_to_next, most)
 
     def see(self, factor: float) -> None:
         """See by how much a probe that was made moved the level."""
@@ -57,9 +62,14 @@ class Pace:
 
     def state(self) -> dict[str, Any]:
         """Return what :meth:`load` takes."""
-        return {"from_one_to_next": self._from_one_to_next, "due": self.due, "drift": self._drift}
+        return {
+            "from_one_to_next": self._from_one_to_next,
+            "due": self.due,
+            "drift": self._drift,
+            "is_held": self._is_held,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` returned."""
         self._from_one_to_next, self.due = state["from_one_to_next"], state["due"]
-        self._drift = state["drift"]
+        self._drift, self._is_held = state["drift"], state["is_held"]
