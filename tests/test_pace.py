@@ -51,6 +51,22 @@ def test_a_far_move_has_the_next_probe_made_at_once(move):
     assert made[6:8] == [38, 39]
 
 
+def test_a_pace_that_is_held_leaves_none_out_until_it_begins_anew():
+    pace = Pace()
+    for _ in range(5):
+        pace.leaves_out()
+        pace.see(1.0)
+    again = Pace()
+    again.load(pace.state())
+    again.hold()
+    held = Pace()
+    held.load(again.state())
+    assert pace.leaves_out()
+    assert not any(held.leaves_out() or held.see(1.0) for _ in range(20))
+    held.begin_anew()
+    assert held.state() == Pace().state()
+
+
 class Task:
     """A training that hears of each step's loss, whose closure can be made steep."""
 
