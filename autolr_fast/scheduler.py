@@ -538,16 +538,17 @@ class AutoLR(LRScheduler):
         self, line: StepLine | GradientLine, batch: _Batch, now: int, new: Sequence[dict[str, Any]]
     ) -> _Seen:
         """Start the level, or the rates of new groups, where their first step is best, and take that step again."""
-        look: LookAt = partial(self._look, batch, line, known=_BEFORE)
+        is_known = batch.knows_begin and line.window == 1  # the loss where the step began
+        look: LookAt = partial(self._look, batch, line, known=_BEFORE if is_known else None)
         step, begin = lengths(line.squares(), self._prober.process_group)
         if new:
             highest = self._level.highest_ratio(float(group["lr"]) for group in new)
-            found = self._calibration.find_for_groups(look, step, begin, highest)
+            found = self._calibration.find_for_groups(look, step, begin, highest, is_known)
             self._level.add_groups(None if found.why_not else found.ratio * start_ratio(new))
         else:
             level = float(self._level.annealed(max(self.last_epoch, 0)))  # at which the step was taken
             highest = self._level.highest_ratio(level * base for base in self._level.base)
-            found = self._calibration.find_first(look, step, begin, highest)
+            found = self._calibration.find_first(look, step, begin, highest, is_known)
             if not found.why_not:
                 go_on = start_ratio(self._optimizers.param_groups, self._snapshots.began_warm)
                 self._level.start_at(level * found.ratio * go_on)

@@ -230,6 +230,7 @@ def test_a_resumed_run_has_the_graph(monkeypatch, captures):
     assert resumed.name == "inplace"
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_a_training_ends_where_one_in_place_ends(monkeypatch):
     clock(monkeypatch)
     ends = []

@@ -69,6 +69,7 @@ def train(make_scheduler, make_step, lr, is_first=True):
     return rows, backend.frame_count, sum(counters["graph_break"].values())
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize(
     ("is_tensor", "make_step", "is_first"),
     [

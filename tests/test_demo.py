@@ -56,6 +56,7 @@ def test_demo_of_the_tree(tmp_path, capsys, optimizer):
     assert all(line in printed for line in text.splitlines() if line[:1] == "|")
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_autolr_learns_the_digits_from_a_start_where_cosine_does_not(optimizer):
     digits = demo.load_digits(seed=0)

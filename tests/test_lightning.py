@@ -151,6 +151,7 @@ CASES = {  # what the trainer is given, what the loop, AutoLR, and what training
 }
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("case", CASES)
 def test_trains_as_the_loop_by_hand(case):
     given, looped, options, returns = CASES[case]
@@ -207,6 +208,7 @@ def test_two_ranks_with_half_a_batch_each_are_one_with_the_whole(tmp_path):
     assert max(first["rates"]) > 1e-3  # from 1e-5
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_resumes_bit_for_bit_inside_an_open_window(tmp_path):
     options = {"calibration_steps": 4, "probe_every_steps": 10, "probe_until_fraction": 1.0}
     whole, kept = Net(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)

@@ -171,6 +171,7 @@ def test_rate_and_level_are_those_of_the_run(steps, options, group, tmp_path):
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize(
     ("steps", "options", "bands"),
     [
@@ -254,6 +255,7 @@ def test_a_group_that_was_added_is_drawn_from_its_first_probe():
     assert "probe shown below" not in drawn(plot(scheduler, group=1, probe=0).axes[0])
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_what_cannot_be_drawn():
     scheduler, _ = trained(30, rates=(1e-3, 2e-3))
     for group in (-1, 2):

@@ -113,6 +113,7 @@ class Language(nn.Module):
         return logits, F.cross_entropy(logits, y)
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nanogpt(dtype, monkeypatch):
     torch._dynamo.reset()
@@ -135,6 +136,7 @@ def test_nanogpt(dtype, monkeypatch):
     assert_like(scope["scheduler"], raw, scheduler, model)
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_torchvision():
     """The average is that of the weights as they are after scheduler.step()."""
     model, data = network(), batches(STEPS // 2)
@@ -157,6 +159,7 @@ def test_torchvision():
         torch.testing.assert_close(one.detach(), other)
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("which", [0, 1], ids=["own-step", "supervised-trainer"])
 def test_ignite(which):
     pytest.importorskip("ignite")
@@ -245,6 +248,7 @@ def test_lora():
     assert any(each.any() for name, each in plain.named_parameters() if "lora_B" in name)
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_gan():
     """The levels are those of the benchmark whose figures the page gives."""
     rounds, seed = 30, 3
@@ -263,6 +267,7 @@ def test_gan():
         assert player.levels[-1] != 1
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_a_compiled_step(monkeypatch):
     torch._dynamo.reset()
     backend, data = CompileCounter(), batches(STEPS)

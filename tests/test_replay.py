@@ -112,6 +112,7 @@ def test_candidates_see_the_noise_of_the_step(noise, evaluator):
     assert losses != pytest.approx(others, rel=1e-3)  # as without replay
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 def test_training_draws_what_it_draws_without_probes(evaluator):
     """Also while the first step is searched, and steps are taken again."""

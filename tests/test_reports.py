@@ -707,6 +707,7 @@ def test_a_wrapper_without_hooks_is_followed_or_told():
 # Compiled steps
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_a_compiled_step_of_the_optimizer_is_seen():
     """Schedulers and compiled optimizers: pytorch/pytorch 130467, 120934."""
     model = a_network()

@@ -95,6 +95,7 @@ def add_the_third(model, optimizers):
 # One level, one line, one count
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("pair", sorted(PAIRS))
 def test_their_rates_keep_their_ratios(pair):
     model, loss_of, optimizers, scheduler = start(pair, total_steps=30)
@@ -213,6 +214,7 @@ def test_a_first_step_that_is_taken_again_moves_what_all_of_them_moved(pair):
         assert not torch.equal(parameter, stepped[name])
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_steps_that_blow_the_loss_up_are_taken_again_in_all_of_them():
     model, loss_of, optimizers, scheduler = start("sgd and adam", rule=Rule(window_steps=1))
     for _ in range(5):
@@ -231,6 +233,7 @@ def test_steps_that_blow_the_loss_up_are_taken_again_in_all_of_them():
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_running_statistics_are_those_of_training_alone():
     """With a scheduler for each of two parts of one network they were updated by the probes of both."""
     model, _ = problem("convnet")
@@ -496,6 +499,7 @@ class Centred(nn.Module):
         return -(wanted * scores.log_softmax(1)).sum(1).mean()
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("calibration", [0, 6])
 def test_a_criterion_with_buffers_rides_along(calibration):
     model, teacher, criterion = mlp(), mlp().requires_grad_(False), Centred()
@@ -517,6 +521,7 @@ def test_a_criterion_with_buffers_rides_along(calibration):
     assert len(scheduler.history) == 6
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_what_no_optimizer_holds_does_not_move():
     """Whether it has a gradient or not."""
     model, loss_of = problem("mlp")

@@ -131,6 +131,7 @@ def test_the_training_ends_as_from_a_good_start(kind, dtype):
     assert max(ends) < 1.3 * min(ends) + 0.02
 
 
+@pytest.mark.usefixtures("every_probe")
 def test_steps_that_blow_up_later_move_them_too():
     """From where they were when the window began, which is kept."""
     model, optimizer, _ = start(Averaging, 0.1)
@@ -200,6 +201,7 @@ def test_a_gradient_that_equals_the_weights_is_none_of_them(momentum):
         assert optimizer.state[model["w"]]["momentum_buffer"].tolist() == [3.0, -2.0, 1.0]
 
 
+@pytest.mark.usefixtures("every_probe")
 @pytest.mark.parametrize("cut", [1, 2, 3, 5])
 def test_a_run_is_resumed_bit_for_bit(cut):
     """In the first steps the state has what the optimizer's weights were before them."""

@@ -93,6 +93,6 @@ def test_both_ranks_go_on_bit_for_bit_from_what_one_has_saved(results):
         assert resumed["level"] == whole["level"]
         assert resumed["gain"] == whole["gain"]
         assert resumed["loss"] == whole["loss"]
-        assert [step for step, _ in resumed["probes"]] == [1, 2, 3, 4, 6, 9]
+        assert [step for step, _ in resumed["probes"]] == [1, 2, 4, 6, 9]
         for one, other in zip(resumed["weights"], whole["weights"], strict=True):
             assert torch.equal(one, other)

@@ -45,7 +45,7 @@ class Calibration:
         """Whether a first step was searched, so that the rates the optimizer began with mean nothing any more."""
         return self._found and self.steps > 0
 
-    def find_first(self, look: LookAt, step: float, begin: float, highest: float) -> Found:
+    def find_first(self, look: LookAt, step: float, begin: float, highest: float, is_known: bool) -> Found:
         """Search the first step for the scale where the loss is lowest; once it has one, or has none, that was all.
 
         Args:
@@ -53,16 +53,17 @@ class Calibration:
             step: length of that step.
             begin: length of the parameters where it began.
             highest: largest ratio at which it may be taken.
+            is_known: whether the loss where it began is.
         """
-        found = search(look, self._at_once, step, begin, highest)
+        found = search(look, self._at_once, step, begin, highest=highest, is_known=is_known)
         if found.is_endless or not found.why_not:
             self._found = True
             self._lowest_cost = found.cost
         return found
 
-    def find_for_groups(self, look: LookAt, step: float, begin: float, highest: float) -> Found:
+    def find_for_groups(self, look: LookAt, step: float, begin: float, highest: float, is_known: bool) -> Found:
         """Search the first step of groups that came later, along their part of it; arguments as above."""
-        return search(look, self._at_once, step, begin, highest)
+        return search(look, self._at_once, step, begin, highest=highest, is_known=is_known)
 
     def find_again(self, look: LookAt, seen: Look, cost: Tensor, window: int) -> Found | None:
         """Find how long the last steps had better been, if the loss blew up in them; see :func:`search_again`.

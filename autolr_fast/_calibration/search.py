@@ -58,7 +58,15 @@ class Found(NamedTuple):
     is_endless: bool = False
 
 
-def search(look: LookAt, at_once: int, step: float, begin: float, highest: float = math.inf) -> Found:
+def search(
+    look: LookAt,
+    at_once: int,
+    step: float,
+    begin: float,
+    *,
+    highest: float = math.inf,
+    is_known: bool = False,
+) -> Found:
     """Scan the lengths that a step may have, from the longest down, and look closer at the nearest deep minimum.
 
     The longest step is an eighth of the parameters. The scan ends where the loss falls in proportion to the step:
@@ -72,6 +80,7 @@ def search(look: LookAt, at_once: int, step: float, begin: float, highest: float
         step: length of the step that was taken.
         begin: length of the parameters where it began; where that is 0, any step is short enough.
         highest: largest ratio at which the step may be taken.
+        is_known: whether the loss where it began is, so that it takes no evaluation.
 
     Example:
         >>> import torch
@@ -86,7 +95,7 @@ def search(look: LookAt, at_once: int, step: float, begin: float, highest: float
     has_length = 0 < step < math.inf
     unit = _LONGEST * (begin or 1.0) / step if has_length else 1.0
     if has_length:
-        scan.descend(unit)
+        scan.descend(unit, is_known)
     else:
         scan.at([0.0, 1.0])
     if has_length and math.isfinite(scan.began):
@@ -190,20 +199,29 @@ class _Scan:
     def at(self, ratios: Sequence[float]) -> None:
         """Look at some ratios."""
         for start in range(0, len(ratios), self._at_once):
-            seen = self._look(tuple(ratios[start : start + self._at_once]))
-            costs = (math.inf if math.isnan(cost) else cost for cost in seen.costs.tolist())
-            self._costs.update(zip(seen.factors, costs, strict=True))
-            self._losses.update(zip(seen.factors, seen.losses.tolist(), strict=True))
-            self._precision = seen.precision
-            self._rounds += 1
+            self._look_at(ratios[start : start + self._at_once])
 
-    def descend(self, unit: float) -> None:
-        """Look at where the step began, and at ever shorter ones until the loss falls in proportion to them."""
+    def _look_at(self, ratios: Sequence[float]) -> None:
+        seen = self._look(tuple(ratios))
+        costs = (math.inf if math.isnan(cost) else cost for cost in seen.costs.tolist())
+        self._costs.update(zip(seen.factors, costs, strict=True))
+        self._losses.update(zip(seen.factors, seen.losses.tolist(), strict=True))
+        self._precision = seen.precision
+        self._rounds += 1
+
+    def descend(self, unit: float, is_known: bool) -> None:
+        """Look at where the step began, and at ever shorter ones until the loss falls in proportion to them.
+
+        Args:
+            unit: ratio of the longest.
+            is_known: as of :func:`search`: the first look is at one more candidate then.
+        """
         self._unseen = [unit * _STRIDE**_SHORTEST]
         lengths = [unit * _STRIDE**power for power in range(0, _SHORTEST, -1)]
-        ratios = [0.0, lengths[0], *self._unseen, *lengths[1:]]
-        for start in range(0, len(ratios), self._at_once):
-            self.at(ratios[start : start + self._at_once])
+        ratios = [lengths[0], *self._unseen, *lengths[1:]]
+        for start in range(-1 + is_known, len(ratios), self._at_once):
+            ahead = ratios[max(start, 0) : start + self._at_once]
+            self._look_at([0.0, *ahead] if start <= 0 and 0.0 not in self._costs else ahead)
             known = [ratio for ratio in lengths if ratio in self._costs]
             if not math.isfinite(self.began) or self._fall_in_proportion(known[-3:]):
                 return
