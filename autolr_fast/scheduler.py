@@ -461,18 +461,10 @@ class AutoLR(LRScheduler):
         is_close = self._follows_steps and schedule.is_close(now)
         if is_close != schedule.is_close(self._tracker.probed):
             self._pace.begin_anew()
-        is_alarmed = False
-        if not is_search and batch.beside is not None and self._can_leave_out(batch, is_close):
-            # What the level should be changes with the logarithm of the steps done.
-            least = 1 if is_close else _RAREST * (schedule.every_steps or 1)
-            is_left_out = self._pace.leaves_out(now // least)
-            if is_left_out or self._pace.due > 1:
-                training = self._prober.training(batch.beside)
-                is_alarmed = self._calibration.may_be_lost(training.own.item(), training.mean.item(), is_close)
-            if is_left_out and not is_alarmed:
-                self._see(training.mean)
-                self._end_probe(now)
-                return None
+        is_left_out, is_alarmed = (False, False) if is_search else self._left_out(batch, is_close, now)
+        if is_left_out:
+            self._end_probe(now)
+            return None
         if self._rule is None and not (is_search or is_close):
             window, seen = schedule.mean_steps - 1, self._follow(None, batch, now)
         else:
@@ -511,9 +503,26 @@ class AutoLR(LRScheduler):
             )
         return probe.retaken
 
-    def _can_leave_out(self, batch: _Batch, is_close: bool) -> bool:
-        """Whether a probe that is due may be left out: training's own losses then tell if steps were too long."""
-        return batch.knows_begin and self._level.value.is_cpu and (is_close or self._rule is None)
+    def _left_out(self, batch: _Batch, is_close: bool, now: int) -> tuple[bool, bool]:
+        """Return whether a probe that is due is left out, and whether training's losses ask for one.
+
+        They tell if steps were too long: where they do not reach AutoLR by themselves, no probe is left out.
+        """
+        if batch.beside is None or not (batch.knows_begin and self._level.value.is_cpu):
+            return False, False
+        if not is_close and self._rule is not None:
+            return False, False
+        # What the level should be changes with the logarithm of the steps done.
+        least = 1 if is_close else _RAREST * (self._tracker.schedule.every_steps or 1)
+        is_left_out = self._pace.leaves_out(now // least)
+        if not is_left_out and not (is_close and self._pace.due > 1):
+            return False, False
+        training = self._prober.training(batch.beside)
+        if self._calibration.may_be_lost(training.own.item(), training.mean.item(), is_close):
+            return False, True
+        if is_left_out:
+            self._see(training.mean)
+        return is_left_out, False
 
     def _end_probe(self, now: int) -> None:
         self._losses.forget()
