@@ -662,3 +662,18 @@ def test_the_loss_before_the_step_is_evaluated_only_where_training_did_not(throu
         heats = [each * moved if each > 0 else each for each in heats]
         if step > 2:  # the first checks the closure
             assert len(calls) == (1 if through_loss else 2)
+
+
+@pytest.mark.parametrize("which", ["last", "all"])
+def test_a_batch_that_was_given_up_does_not_judge_a_later_step(which):
+    """Its own step was skipped, and the loss of the next one does not come through AutoLR."""
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(8, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = AutoLR.paper(optimizer, model, micro_batches=which)
+    scheduler.loss(lambda: model(x).square().mean()).backward()
+    scheduler.step()
+    model(-x).square().mean().backward()
+    optimizer.step()
+    scheduler.step()
+    assert not scheduler.history

@@ -118,9 +118,9 @@ class Losses:
         if self._micro_batches == "all" and self.has(step + 1):
             self._left = _mark_of_gradient(parameters)
             return None, None
-        replay, own = self._replay, self._own
+        replay, own, is_of_earlier = self._replay, self._own, self._left is not None  # none came since
         self._replay, self._own = None, []
-        if replay is None or step != self._step or not len(replay):
+        if replay is None or step != self._step or not len(replay) or is_of_earlier:
             return None, None
         return replay, torch.stack(own).double().mean() if len(own) == len(replay) else None
 
