@@ -577,6 +577,10 @@ class Training:
             if not self.spec.is_close(self.steps) and not is_search(scheduler.last_probe):
                 assert not any(optimizer.state for optimizer in self.optimizers)  # it begins anew
                 moves |= {key for key in {**before, **after} if key.startswith(("state of optimizer", "buffers"))}
+            elif retaken == 0.0 and not any(
+                optimizer.state for optimizer in self.optimizers
+            ):  # a first step, undone
+                moves |= {key for key in before if key.startswith("state of optimizer")}
         check_same(before, after, besides=moves)
         assert scheduler.history[: len(probes)] == probes
         assert len(scheduler.history) == len(probes) + has_probed
@@ -804,7 +808,7 @@ def check_probe(training, parts, pending):
     for factor, loss in looked[:: max(1, count // 4)]:
         _, expected = at(factor)
         # Where the last step began, the loss is training's own.
-        is_own = factor == 1.0 if averages else factor == 0.0 and not searched
+        is_own = factor == (1.0 if averages else 0.0)
         if is_batched or is_own:
             is_near = math.isclose(loss, expected, rel_tol=eps, abs_tol=eps)
             assert not math.isfinite(expected) or is_near, (factor, loss, expected)
