@@ -52,7 +52,7 @@ _NEWER = 1.0
 _STEP = (1.0, 0.0)  # the last step, or several, and where they began
 _BEFORE = 0.0
 _RISE = 0.1  # of the loss of its own batch: a first step after which it has risen by more was too long
-_RAREST = 10  # times as many steps are done as from one probe to the next, at least
+_APART = 10  # times as many steps are done as from one probe to the next, at least
 _UNKNOWN = 1.2  # by how much a probe moves the level while too little is known of the heat
 _READS_SINCE = 2  # version of a state: before, the level followed another rule
 
@@ -513,7 +513,7 @@ class AutoLR(LRScheduler):
         if not is_close and self._rule is not None:
             return False, False
         # What the level should be changes with the logarithm of the steps done.
-        least = 1 if is_close else _RAREST * (self._tracker.schedule.every_steps or 1)
+        least = 1 if is_close else _APART * (self._tracker.schedule.every_steps or 1)
         is_left_out = self._pace.leaves_out(now // least)
         if not is_left_out and not (is_close and self._pace.due > 1):
             return False, False

@@ -221,7 +221,7 @@ class _Scan:
         ratios = [lengths[0], *self._unseen, *lengths[1:]]
         for start in range(-1 + is_known, len(ratios), self._at_once):
             ahead = ratios[max(start, 0) : start + self._at_once]
-            self._look_at([0.0, *ahead] if start <= 0 and 0.0 not in self._costs else ahead)
+            self._look_at(ahead if 0.0 in self._costs else [0.0, *ahead])
             known = [ratio for ratio in lengths if ratio in self._costs]
             if not math.isfinite(self.began) or self._fall_in_proportion(known[-3:]):
                 return

@@ -74,8 +74,8 @@ class Level:
         rates = [group["lr"] for group in optimizers.param_groups]
         devices = {rate.device if isinstance(rate, Tensor) else torch.device("cpu") for rate in rates}
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
-        self.value = torch.ones((), dtype=torch.float64, device=device)
-        self._known: float | None = 1.0  # the same as a number, where that takes no waiting
+        self._known: float | None  # the value as a number, where that takes no waiting
+        self._take(torch.ones((), dtype=torch.float64, device=device))
         self._ceiling = torch.full_like(self.value, math.inf)
         self.heat = Heat(max_heat, device)
         self.limits = self._lr_limits
@@ -113,8 +113,7 @@ class Level:
             return 1.0
         fraction = min(1.0, step / self.total_steps)
         multiplier = self._annealing(fraction)
-        if type(multiplier) is not float or not 0.0 <= multiplier < math.inf:
-            check_multiplier(self._annealing, fraction, multiplier)
+        check_multiplier(self._annealing, fraction, multiplier)
         return float(multiplier)
 
     def annealed(self, step: int) -> Tensor | float:
@@ -123,8 +122,7 @@ class Level:
         Returns:
             A number if the level is on the CPU, where one is had at a tenth of the time; else 0-dim.
         """
-        level = self.value if self._known is None else self._known
-        return _within(level * self.multiplier(step), *self.limits)
+        return _within(self._quick_value() * self.multiplier(step), *self.limits)
 
     def start_at(self, value: Tensor | float) -> None:
         """Begin at a level that was searched for."""
@@ -210,7 +208,7 @@ class Level:
 
     def of_groups(self) -> list[float | Tensor]:
         """Return the rate of each group before annealing; of one that has no base yet, its ``lr``."""
-        value = self.value if self._known is None else self._known
+        value = self._quick_value()
         return [*(self._rate(base, value) for base in self.base), *(group["lr"] for group in self.new_groups())]
 
     def overrun(self, step: int) -> str:
@@ -278,10 +276,17 @@ class Level:
         """Take over what :meth:`state` returned; :meth:`check` it first."""
         self.base[:] = state["base_lrs"]
         self._find_limits()
-        self.value = torch.full_like(self.value, state["value"])
-        self._known = state["value"] if self.value.is_cpu else None
+        self._take(torch.full_like(self.value, state["value"]))
         self._ceiling = torch.full_like(self.value, state["ceiling"])
         self.heat.load(state["heat"])
+
+    def _take(self, value: Tensor) -> None:
+        self.value = value
+        self._known = value.item() if value.is_cpu else None
+
+    def _quick_value(self) -> Tensor | float:
+        """Return the level, as a number where that takes no waiting."""
+        return self.value if self._known is None else self._known
 
     def _find_limits(self) -> None:
         if moving := [base for base in self.base if base]:
@@ -289,8 +294,7 @@ class Level:
             self.limits = lowest / max(moving), highest / min(moving)
 
     def _set(self, level: Tensor) -> None:
-        self.value = level.clamp(*self.limits) if any(self.base) else level
-        self._known = self.value.item() if self.value.is_cpu else None
+        self._take(level.clamp(*self.limits) if any(self.base) else level)
         for group, rate in zip(self._optimizers.param_groups, self.of_groups(), strict=True):
             group["initial_lr"] = _like(group["lr"], rate)
 
