@@ -8,12 +8,13 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autolr_fast import AutoLR, Rule
 from autolr_fast._level import Level
 from autolr_fast._level.heat import Heat
+from autolr_fast._level.scalars import scalars_of
 from autolr_fast._optimizers import Optimizers
 
 from .helpers import (
@@ -295,10 +296,27 @@ class Elsewhere(torch.Tensor):
     tolist = __float__ = __bool__ = __int__ = item
 
 
-def test_nothing_is_read_back():
+class FarScalars(type(scalars_of(torch.device("meta")))):
+    """Those of an accelerator, on the CPU."""
+
+    def number(self, value):
+        return super().number(value).as_subclass(Elsewhere)
+
+    tensor = number
+
+
+def far(monkeypatch, read_back=False):
+    """A heat as on an accelerator."""
+    monkeypatch.setattr("autolr_fast._level.heat.scalars_of", FarScalars)
     heat = Heat(0.3, CPU)
-    for name in ("_means", "_powers", "_lowest", "_is_lowest", "_most", "_heats"):
-        setattr(heat, name, getattr(heat, name).as_subclass(Elsewhere))
+    if read_back:
+        monkeypatch.setattr(Elsewhere, "item", torch.Tensor.item)
+        monkeypatch.setattr(Elsewhere, "__bool__", torch.Tensor.__bool__)
+    return heat
+
+
+def test_nothing_is_read_back(monkeypatch):
+    heat = far(monkeypatch)
     for step in range(1, 9):
         heat.add_loss(number(1 / step).as_subclass(Elsewhere), step)
         heat.add_heat(number(0.1 * step).as_subclass(Elsewhere))
@@ -309,6 +327,30 @@ def test_nothing_is_read_back():
     on_meta.add_loss(torch.empty((), device="meta"), 1)
     on_meta.add_heat(torch.empty((), device="meta"))
     assert on_meta.temper(torch.empty((), dtype=torch.float64, device="meta")).shape == ()
+
+
+NUMBERS = st.one_of(st.sampled_from([0.0, -1.0, NAN, INF, -INF]), st.floats(-3, 3))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seen=st.lists(st.tuples(NUMBERS, NUMBERS, st.floats(0.1, 4), st.sampled_from([1, 2, 8])), max_size=12),
+)
+def test_a_cpu_and_an_accelerator_move_alike(seen, monkeypatch):
+    near = Heat(0.3, CPU)
+    with monkeypatch.context() as patch:
+        other = far(patch, read_back=True)
+        for step, (loss, each, asked, due) in enumerate(seen, 1):
+            moves = []
+            for heat in (near, other):
+                heat.add_loss(number(loss), 3 * step)
+                heat.add_heat(number(each))
+                moves.append(heat.temper(number(asked), due).item())
+                heat.rescale(number(moves[0]))
+            assert moves[1] == pytest.approx(moves[0], rel=1e-12)
+        states = [heat.state() for heat in (near, other)]
+    for name, value in states[0].items():
+        assert states[1][name] == pytest.approx(value, rel=1e-12, nan_ok=True), name
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 5, 11])

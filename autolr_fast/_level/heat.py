@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import is_number
+from .scalars import Scalar, scalars_of
 
 __all__ = ["Heat"]
 
@@ -64,23 +65,26 @@ class Heat:
         if not limit > 0:
             raise ValueError(f"max_heat={limit}: give a positive share of the gain, or math.inf for no limit")
         self.limit = float(limit)
-        self._means = torch.full((len(_POWERS),), math.nan, dtype=torch.float64, device=device)
-        self._powers = torch.tensor(_POWERS, dtype=torch.float64, device=device)
-        self._lowest = torch.full((), math.inf, dtype=torch.float64, device=device)  # of the second mean
-        self._is_lowest = torch.ones((), dtype=torch.bool, device=device)  # whether it is there now
-        self._most = torch.zeros((), dtype=torch.float64, device=device)  # the largest gain
+        self._at = scalars_of(device)
+        self._means = [self._at.number(math.nan) for _ in _POWERS]
+        self._lowest = self._at.number(math.inf)  # of the second mean
+        self._is_lowest = self._lowest > 0  # whether it is there now
+        self._most = self._at.number(0.0)  # the largest gain
         self._step = 0  # of the last loss
-        self._heats = torch.full((_KEPT,), math.nan, dtype=torch.float64, device=device)
+        self._heats = [self._at.number(math.nan)] * _KEPT
 
     @property
     def gain(self) -> Tensor:
         """By how much the mean loss falls in a doubling of the steps, 0-dim; not a number before the first loss."""
+        return self._at.tensor(self._gain())
+
+    def _gain(self) -> Scalar:
         return _DOUBLING * (self._means[0] - self._means[1])
 
     @property
     def recent_loss(self) -> Tensor:
         """The mean loss of late, 0-dim; not a number before the first."""
-        return self._means[-1]
+        return self._at.tensor(self._means[-1])
 
     @property
     def is_limited(self) -> bool:
@@ -94,20 +98,20 @@ class Heat:
             loss: 0-dim, lower is better; one that is not finite says nothing.
             step: optimizer steps done.
         """
-        share = 1 - (self._step / step) ** self._powers
-        loss = loss.to(self._means)
-        means = torch.where(self._means.isnan(), loss, self._means + share * (loss - self._means))
-        self._means = torch.where(loss.isfinite(), means, self._means)
-        recent = self.recent_loss
+        at, loss = self._at, self._at.number(loss)
+        for index, power in enumerate(_POWERS):
+            share, mean = 1 - (self._step / step) ** power, self._means[index]
+            moved = at.where(at.is_finite(mean), mean + share * (loss - mean), loss)
+            self._means[index] = at.where(at.is_finite(loss), moved, mean)
+        recent, gain = self._means[-1], self._gain()
         self._is_lowest = recent <= self._lowest
-        self._lowest = torch.where(self._is_lowest, recent, self._lowest)
-        self._most = torch.maximum(self._most, self.gain.nan_to_num(0.0))
+        self._lowest = at.where(self._is_lowest, recent, self._lowest)
+        self._most = at.greater(self._most, at.where(at.is_finite(gain), gain, self._most))
         self._step = step
 
     def add_heat(self, heat: Tensor) -> None:
         """See the heat of the last steps, 0-dim; one that is not finite says nothing."""
-        heat = torch.where(heat.isfinite(), heat, math.nan).to(self._heats)
-        self._heats = torch.cat([self._heats[1:], heat.reshape(1)])
+        self._heats = [*self._heats[1:], self._at.number(heat)]
 
     def temper(self, factor: Tensor, due: int = 1) -> Tensor:
         """Return by how much the level moves where the last step alone asks for a factor, 0-dim both.
@@ -119,45 +123,51 @@ class Heat:
         """
         if not self.is_limited:
             return factor
+        at, asked = self._at, self._at.number(factor)
         ratio, is_known = self._ratio()
-        cooler = ratio.pow((1 - _DOWN) ** due - 1).clamp(1 / _MOST, 1.0)
-        warmer = torch.minimum(ratio.clamp_min(1e-9).pow((1 - _UP) ** due - 1), factor.new_tensor(_MOST)).clamp_min(
-            1.0
-        )
-        moved = torch.where(ratio > 1, torch.minimum(cooler, factor), torch.where(factor > 1, warmer, factor))
-        moved = torch.where(is_known, moved, factor)
-        return torch.where(self._is_lowest, moved, moved.clamp_max(1.0))
+        # Where one of them counts, the other may be anything.
+        cooler = self._within(at.greater(ratio, at.number(1.0)) ** ((1 - _DOWN) ** due - 1), 1 / _MOST, 1.0)
+        warmer = self._within(at.greater(ratio, at.number(1e-9)) ** ((1 - _UP) ** due - 1), 1.0, _MOST)
+        cooler = at.where(cooler < asked, cooler, asked)
+        moved = at.where(ratio > 1, cooler, at.where(asked > 1, warmer, asked))
+        moved = at.where(is_known, moved, asked)
+        held = at.where(moved > 1, at.number(1.0), moved)
+        return at.tensor(at.where(self._is_lowest, moved, held))
+
+    def _within(self, value: Scalar, lowest: float, highest: float) -> Scalar:
+        value = self._at.where(value < lowest, self._at.number(lowest), value)
+        return self._at.where(value > highest, self._at.number(highest), value)
 
     def rescale(self, factor: Tensor) -> None:
         """Take into account that the level moved: the heat goes with it."""
-        self._heats = torch.where(self._heats > 0, self._heats * factor, self._heats)
+        at, times = self._at, self._at.number(factor)
+        self._heats = [at.where(heat > 0, heat * times, heat) for heat in self._heats]
 
-    def _ratio(self) -> tuple[Tensor, Tensor]:
-        """Return the median heat in units of its limit, 0 to inf, and whether enough is known; 0-dim both."""
-        count = self._heats.isfinite().sum()
-        ordered = self._heats.sort().values  # what is not a number comes last
-        median = ordered.gather(0, (count // 2).clamp_max(_KEPT - 1).reshape(1)).squeeze(0)
-        gain = torch.maximum(self.gain, _LEAST * self._most)
-        ratio = torch.where(gain > 0, median / (self.limit * gain), math.inf)
-        ratio = torch.where(median > 0, ratio, 0.0)
-        return ratio, (count >= _FEWEST) & gain.isfinite()
+    def _ratio(self) -> tuple[Scalar, Scalar]:
+        """Return the median heat in units of its limit, 0 to inf, and whether enough is known."""
+        at, gain = self._at, self._gain()
+        median, count = at.median(self._heats)
+        least = at.greater(gain, _LEAST * self._most)
+        ratio = at.where(least > 0, at.ratio(median, self.limit * least), at.number(math.inf))
+        ratio = at.where(median > 0, ratio, at.number(0.0))
+        return ratio, (count >= _FEWEST) & at.is_finite(gain)
 
     def state(self) -> dict[str, Any]:
         """Return what :meth:`load` takes: plain values."""
         return {
-            "means": self._means.tolist(),
-            "lowest": self._lowest.item(),
-            "most": self._most.item(),
-            "is_lowest": self._is_lowest.item(),
+            "means": [self._at.plain(mean) for mean in self._means],
+            "lowest": self._at.plain(self._lowest),
+            "most": self._at.plain(self._most),
+            "is_lowest": bool(self._is_lowest),
             "step": self._step,
-            "heats": self._heats.tolist(),
+            "heats": [self._at.plain(heat) for heat in self._heats],
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` returned."""
-        self._means = self._means.new_tensor(state["means"])
-        self._heats = self._heats.new_tensor(state["heats"])
-        self._lowest = torch.full_like(self._lowest, state["lowest"])
-        self._is_lowest = torch.full_like(self._is_lowest, state["is_lowest"])
-        self._most = torch.full_like(self._most, state["most"])
+        number = self._at.number
+        self._means = [number(mean) for mean in state["means"]]
+        self._heats = [number(heat) for heat in state["heats"]]
+        self._lowest, self._most = number(state["lowest"]), number(state["most"])
+        self._is_lowest = number(state["is_lowest"]) > 0
         self._step = state["step"]
