@@ -338,23 +338,23 @@ def test_all_experiments_at_toy_scale(places, digest, tmp_path, capsys):
 
 def test_runs_go_on_in_processes_and_those_that_fail_are_named(places, digest, tmp_path, capsys):
     runs, results = tmp_path / "runs" / f"toy{suffix_of(digest)}", tmp_path / "results"
-    command = [*places, "schedulers", "--seeds", "1"]
+    command = [*places, "factors", "--seeds", "1"]
     paper.main([*command, "--minutes", "0"])
-    assert "6 of 6 runs are missing" in capsys.readouterr().out
+    assert "3 of 3 runs are missing" in capsys.readouterr().out
     assert not results.exists()
 
     # A directory where a log should be: this run cannot write.
-    (runs / "scheduler-step" / "seed-0" / "checkpoint.pt").mkdir(parents=True)
+    (runs / "factors-5_scheduler-paper" / "seed-0" / "checkpoint.pt").mkdir(parents=True)
     with pytest.raises(SystemExit) as failed:
         paper.main([*command, "--jobs", "2"])
     assert failed.value.code == 2
     said = capsys.readouterr().err
-    assert "1 of 6 runs failed" in said
+    assert "1 of 3 runs failed" in said
     (name,) = (line.strip() for line in said.splitlines() if line.endswith("stderr.txt"))
-    assert name == str(runs / "scheduler-step" / "seed-0" / "stderr.txt")
-    assert "checkpoint.pt" in (runs / "scheduler-step" / "seed-0" / "stderr.txt").read_text()
-    rows = lines_of(results / f"schedulers{suffix_of(digest)}.toy.jsonl")
-    assert {row["setting"] for row in rows} == {s.label for s in EXPERIMENTS["schedulers"].settings} - {"step"}
+    assert name == str(runs / "factors-5_scheduler-paper" / "seed-0" / "stderr.txt")
+    assert "checkpoint.pt" in (runs / "factors-5_scheduler-paper" / "seed-0" / "stderr.txt").read_text()
+    rows = lines_of(results / f"factors{suffix_of(digest)}.toy.jsonl")
+    assert {row["setting"] for row in rows} == {"Factor_3", "Factor_7"}
 
 
 def test_running_trainings_are_stopped_when_the_time_is_up(images, cache, tmp_path):
