@@ -19,6 +19,7 @@ from cpuinfo import get_cpu_info
 import autolr_fast
 
 from .pictures import PICTURES
+from .saving import save
 from .tables import TABLES
 
 __all__ = ["RESULTS", "main", "write", "write_now"]
@@ -77,7 +78,7 @@ def write(
     (folder / f"{name}.json").write_text(content + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(TABLES[name](header, every), encoding="utf-8")
     if name in PICTURES:
-        PICTURES[name](header, every).savefig(folder / f"{name}.png", dpi=150)
+        save(PICTURES[name](header, every), folder / f"{name}.png", dpi=150)
 
 
 def write_now(name: str, rows: Sequence[dict[str, Any]]) -> None:

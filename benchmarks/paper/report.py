@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from cpuinfo import get_cpu_info
 
+from ..saving import save
 from .data import suffix_of
 from .experiments import EXPERIMENTS, SCALES, Setting
 from .pictures import picture
@@ -77,7 +78,7 @@ class Report:
         self._directory.mkdir(parents=True, exist_ok=True)
         lines, image = (self._path(f".{self._scale}.{suffix}") for suffix in ("jsonl", "png"))
         lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        picture(self._name, self._scale, rows).savefig(image, dpi=110)
+        save(picture(self._name, self._scale, rows), image, dpi=110)
         text = self._path(".md")
         rows_of_scales = {scale: self._read(scale) for scale in SCALES}
         text.write_text(page(self._name, rows_of_scales, self._data), encoding="utf-8")

@@ -1,6 +1,6 @@
 """A study of learning rates: ``python -m benchmarks.study [STUDY ...] --images DIR --text FILE --minutes 60``.
 
-Trains what is missing, a line of ``results/study/runs.jsonl`` each.
+Trains what is missing, a line of ``results/study/runs.jsonl.xz`` each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     studies = [STUDIES[name] for name in args.studies or STUDIES]
     cells = itertools.chain.from_iterable(study.cells(range(args.seeds)) for study in studies)
-    run_missing(partial(train, validated=["AutoLR"]), cells, args.results / "runs.jsonl", args, parser)
+    run_missing(partial(train, validated=["AutoLR"]), cells, args.results / "runs.jsonl.xz", args, parser)
 
 
 def _study(name: str) -> str:

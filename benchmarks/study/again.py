@@ -1,4 +1,4 @@
-"""Did a change move a decision? ``python -m benchmarks.study.again before.jsonl --images DIR --text FILE``.
+"""Did a change move a decision? ``python -m benchmarks.study.again before.jsonl.xz --images DIR --text FILE``.
 
 The first call trains some of the study's cells and writes their rows; after the change, the same call trains them
 again on the same machine and compares, to the last digit.
@@ -7,13 +7,12 @@ again on the same machine and compares, to the last digit.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .data import Places
-from .slices import add_arguments, read
+from .slices import add_arguments, add_row, read
 from .tasks import TASKS
 from .training import Cell, train
 
@@ -34,15 +33,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     args = parser.parse_args(argv)
     before = {_cell(row): row for row in read(args.rows)}
-    stored = [row for row in read(args.results / "runs.jsonl") if row["method"] in (args.methods or ["AutoLR"])]
+    stored = [row for row in read(args.results / "runs.jsonl.xz") if row["method"] in (args.methods or ["AutoLR"])]
     differ = 0
     for cell in choose(
         [_cell(row) for row in stored if row["length"] == 1 and row["task"] in args.tasks], args.cells
     ):
         row = train(cell, Places(args.images, args.cache, args.text))
         if cell not in before:
-            with args.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            add_row(args.rows, row)
             said = "is written"
         else:
             fields = [name for name in row if name not in _MEASURED and row[name] != before[cell][name]]

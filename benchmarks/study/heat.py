@@ -1,7 +1,7 @@
 """Why the level stays where it does: ``python -m benchmarks.study.heat --images DIR --text FILE``.
 
 It writes ``results/study/heat.png``. The panels of the first row, one an optimizer, show trainings under the cosine
-schedule, which does not listen, from ``results/study/signals.jsonl``. A line is a task, and goes over the rate that
+schedule, which does not listen, from ``results/study/signals.jsonl.xz``. A line is a task, over the rate that
 the schedule starts from. It shows the heat in the second quarter of the training, in units of the gain. A dot is
 filled where the result is within two points or two percent of the best that the task has with the optimizer. The
 grey line is AutoLR's limit.
@@ -28,6 +28,7 @@ from autolr_fast._level.heat import Heat
 
 from ..paper.data import DataError
 from ..paper.train import CACHE
+from ..saving import save
 from .data import Places, batch
 from .grid import GROUPS
 from .methods import OPTIMIZERS
@@ -123,11 +124,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--cache", type=Path, default=CACHE, help="of what is pretrained (%(default)s)")
     add("--task", choices=TASKS, default="transformer", help="that AutoLR trains (%(default)s)")
     add("--optimizer", choices=OPTIMIZERS, default="momentum", help="of that training (%(default)s)")
-    add("--results", type=Path, default=RESULTS, help="directory with signals.jsonl (%(default)s)")
+    add("--results", type=Path, default=RESULTS, help="directory with signals.jsonl.xz (%(default)s)")
     args = parser.parse_args(argv)
-    rows = read(args.results / "signals.jsonl")
+    rows = read(args.results / "signals.jsonl.xz")
     if not rows:
-        parser.error(f"--results {args.results}: no signals.jsonl; python -m benchmarks.study.signals writes it")
+        parser.error(f"--results {args.results}: no signals.jsonl.xz; python -m benchmarks.study.signals writes it")
     if (place := TASKS[args.task].place) and getattr(args, place) is None:
         parser.error(f"--{place} is needed for {args.task}: give it, or another --task")
     places = Places(args.images, args.cache, args.text)
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     picture = figure(rows, runs, f"{args.task}, {args.optimizer}")
     picture.supxlabel(f"{_COMMAND}   (torch {torch.__version__})", fontsize=7, color="0.4")
-    picture.savefig(args.results / "heat.png", dpi=110)
+    save(picture, args.results / "heat.png", dpi=110)
     print(f"wrote {args.results / 'heat.png'}")
 
 
@@ -145,7 +146,7 @@ def figure(rows: Sequence[Row], runs: Mapping[float, Sequence[Point]], name: str
     """Draw both rows.
 
     Args:
-        rows: of signals.jsonl.
+        rows: of signals.jsonl.xz.
         runs: of AutoLR, by where the learning rate starts.
         name: of what they train.
     """

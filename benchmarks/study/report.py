@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..saving import save
 from .grid import (
     BATCH_SIZES,
     DETERMINISTIC,
@@ -428,18 +429,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study.report", description="Write tables and picture."
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="directory with runs.jsonl (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory with runs.jsonl.xz (%(default)s)")
     args = parser.parse_args(argv)
-    rows = read(args.results / "runs.jsonl")
+    rows = read(args.results / "runs.jsonl.xz")
     if not rows:
-        parser.error(f"--results {args.results}: there is no runs.jsonl; python -m benchmarks.study writes it")
+        parser.error(f"--results {args.results}: there is no runs.jsonl.xz; python -m benchmarks.study writes it")
     found = outcomes(rows)
     there = {method for _, _, method in found} - set(map(method_with, VARIANTS))
     methods = [method for method in METHODS if method in there]
     (args.results / "study.md").write_text(page(rows, found, methods), encoding="utf-8")
     picture = figure(found, methods)
     picture.supxlabel(f"{_COMMAND}\n{'; '.join(_machines(rows))}", fontsize=7, color="0.4")
-    picture.savefig(args.results / "study.png", dpi=110)
+    save(picture, args.results / "study.png", dpi=110)
     for name in ("study.md", "study.png"):
         print(f"wrote {args.results / name}")
 

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for optimizer in trained_by(task)
         for lr in RATES[optimizer]
     )
-    run_missing(watch, cells, args.results / "signals.jsonl", args, parser)
+    run_missing(watch, cells, args.results / "signals.jsonl.xz", args, parser)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from .methods import METHODS
 from .tasks import TASKS
 from .training import Cell
 
-__all__ = ["RESULTS", "add_arguments", "read", "run_missing"]
+__all__ = ["RESULTS", "add_arguments", "add_row", "read", "run_missing"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "study"
 Row = dict[str, Any]
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=number(int, lowest=1), default=3, help="how many (%(default)s)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="only these, named as in the table")
+    add("--forget", action="store_true", help="remove the rows of these runs, to train them again, and end")
     add("--jobs", type=number(int, lowest=1), default=os.cpu_count(), help="runs at a time (one a core)")
     add("--minutes", type=number(float, lowest=0), default=math.inf, help="begin no more then (no limit)")
     add("--results", type=Path, default=RESULTS, help="directory of the results (%(default)s)")
@@ -56,10 +58,27 @@ def _reading(place: str) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """Return the rows of a file of JSON lines; none if there is no such file."""
+    """Return the rows of a compressed file of JSON lines; none if there is no such file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in lzma.decompress(path.read_bytes()).splitlines()]
+
+
+def add_row(path: Path, row: Row) -> None:
+    """Add a row to such a file, as a stream of its own: what is there is not written again."""
+    with path.open("ab") as file:
+        file.write(_compressed([row]))
+
+
+def _write(path: Path, rows: Iterable[Row]) -> None:
+    """Write a file of these rows, which as one stream takes a tenth of the space."""
+    whole = path.with_name(path.name + ".new")
+    whole.write_bytes(_compressed(rows))
+    whole.replace(path)
+
+
+def _compressed(rows: Iterable[Row]) -> bytes:
+    return lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def run_missing(
@@ -74,7 +93,7 @@ def run_missing(
     Args:
         work: what is done; it runs in another process.
         cells: in the order in which they are wanted.
-        path: of the file of JSON lines.
+        path: of the compressed file of JSON lines.
         args: what :func:`add_arguments` lists.
         parser: is told of data that are not there, and of packages.
     """
@@ -83,7 +102,13 @@ def run_missing(
         for cell in dict.fromkeys(cells)
         if cell.task in args.tasks and (not args.methods or cell.method in args.methods)
     ]
-    done = {_cell(row) for row in read(path)}
+    rows = read(path)
+    if args.forget:
+        left = [row for row in rows if _cell(row) not in set(wanted)]
+        _write(path, left)
+        print(f"{len(rows) - len(left)} runs are forgotten, {len(left)} are left")
+        return
+    done = set(map(_cell, rows))
     missing = [cell for cell in wanted if cell not in done]
     read_by: dict[str, list[str]] = {}
     for task in dict.fromkeys(cell.task for cell in missing):
@@ -95,11 +120,11 @@ def run_missing(
     count = len(missing)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with path.open("a", encoding="utf-8") as file:
-            for row in _run(work, missing, Places(args.images, args.cache, args.text), args.jobs, args.minutes):
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                count -= 1
+        for row in _run(work, missing, Places(args.images, args.cache, args.text), args.jobs, args.minutes):
+            add_row(path, row)
+            count -= 1
+        if count < len(missing):
+            _write(path, read(path))
     except (DataError, OSError) as error:
         parser.error(str(error))
     except ImportError as error:

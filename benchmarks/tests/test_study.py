@@ -1,5 +1,6 @@
 import itertools
 import json
+import lzma
 import math
 from pathlib import Path
 
@@ -684,9 +685,14 @@ def test_only_what_is_missing_is_trained(tmp_path, monkeypatch, capsys):
     assert "12 of 15 runs are missing" in capsys.readouterr().out
     study.main(command)
     assert "9 of 15 runs are missing" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in lzma.decompress((tmp_path / "runs.jsonl.xz").read_bytes()).splitlines()]
     assert [row["lr"] for row in rows] == [*STARTS, STARTS[0]]
     assert [row["optimizer"] for row in rows] == ["SGD"] * 5 + ["momentum"]
+    study.main([*command, "--methods", "cosine", "--forget"])
+    study.main([*command, "--seeds", "2", "--forget"])
+    assert capsys.readouterr().out == "0 runs are forgotten, 6 are left\n6 runs are forgotten, 0 are left\n"
+    study.main(command)
+    assert "12 of 15 runs are missing" in capsys.readouterr().out
 
 
 def test_work_goes_on_in_processes_until_the_time_is_up(tmp_path, capsys):
