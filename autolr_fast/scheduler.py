@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from ._arguments import check_fraction, check_scalar
-from ._calibration import Calibration, start_ratio
-from ._calibration.search import Found, LookAt
-from ._evaluators import Evaluator, Look, Prober, resolve_evaluator
+from ._calibration import Calibration
+from ._evaluators import Evaluator, Prober, resolve_evaluator
 from ._isolation import Closure, ClosureError, check_loss
 from ._level import Level
 from ._level.annealing import Annealing
 from ._machine.ranks import ProcessGroup, check_shards, is_distributed, mean_over_ranks
 from ._machine.warning import WarnOnce
 from ._optimizers import Optimizers
+from ._probing import Batch, Probing, take_part
 from ._state import HEADER, complete
 from ._steps import (
-    GradientLine,
-    Line,
     Losses,
-    Pace,
     ProbeSchedule,
     ProbeTracker,
     Snapshots,
     StepCounter,
     StepHooks,
-    StepLine,
     candidate_parameters,
     check_not_sharded,
-    lengths,
     memory_for,
 )
 from .probe import History, Probe
@@ -47,13 +41,6 @@ __all__ = ["AutoLR"]
 _CALIBRATED = 20  # steps
 _AT_ONCE = 2  # candidates of a look in a search, where no rule says
 _AVERAGED = 10  # steps between two points whose mean shows the heat; fewer where probes are closer
-_AVERAGE = (2 / 3, 1.0)  # of these steps: a mean of the two points, and the newer one
-_NEWER = 1.0
-_STEP = (1.0, 0.0)  # the last step, or several, and where they began
-_BEFORE = 0.0
-_RISE = 0.1  # of the loss of its own batch: a first step after which it has risen by more was too long
-_APART = 10  # times as many steps are done as from one probe to the next, at least
-_UNKNOWN = 1.2  # by how much a probe moves the level while too little is known of the heat
 _READS_SINCE = 2  # version of a state: before, the level followed another rule
 
 _log = logging.getLogger("autolr_fast")
@@ -192,21 +179,31 @@ class AutoLR(LRScheduler):
         if level.heat.is_limited and schedule.every_steps:
             schedule.mean_steps = 1 + min(_AVERAGED, schedule.every_steps)
         self._tracker = ProbeTracker(schedule)
-        self._pace = Pace()
         self._snapshots = Snapshots(optimizers, schedule if follows_steps else None, memory)
         self._losses = Losses(model, micro_batches)
         self._calibration = calibration = Calibration(schedule.first_steps, len(rule.factors) if rule else _AT_ONCE)
 
         def searches_groups() -> bool:
-            return calibration.has_found and follows_steps and _take_part(level.new_groups())
+            return calibration.has_found and follows_steps and take_part(level.new_groups())
 
         self._hooks = hooks = StepHooks(optimizers, schedule, self._snapshots, searches_groups, warn_once)
         self._counter = StepCounter(
             optimizers, warn_once, hooks.before_step, lambda: warn_once(level.reclaim()), hooks.after_step
         )
         self._maximizes = maximize = bool(optimizers.param_groups[0].get("maximize", False))
-        self._prober = Prober(
-            model, resolve_evaluator(evaluator), process_group, maximize, device=self._level.value.device
+        self._prober = prober = Prober(
+            model, resolve_evaluator(evaluator), process_group, maximize, device=level.value.device
+        )
+        self._probing = Probing(
+            optimizers=optimizers,
+            level=level,
+            tracker=self._tracker,
+            snapshots=self._snapshots,
+            losses=self._losses,
+            calibration=calibration,
+            prober=prober,
+            rule=rule,
+            warn_once=warn_once,
         )
         super().__init__(self.optimizers[0])
         self.base_lrs: list[float] = self._level.base  # type: ignore[assignment]
@@ -345,13 +342,15 @@ class AutoLR(LRScheduler):
         while self._first_words and now:
             self._warn_once(self._first_words.pop())
         self._hooks.before_probe(now)
-        retaken: float | None = None
+        probe: Probe | None = None
         if closure is not None and window is not None:
             self._tracker.offered = now
             with self._counter.refusing_steps():
-                batch = _Batch(closure, self._losses.seen(own), own is not None)
-                retaken = self._probe(batch, window, now, lr_before)
-        self._hooks.leave(now, retaken is not None)
+                batch = Batch(closure, self._losses.seen(own), own is not None)
+                probe = self._probing.probe(batch, window, now, lr_before)
+        if probe is not None:
+            self._history.add(probe)
+        self._hooks.leave(now, probe is not None and probe.retaken is not None)
         self._end_step(now)
 
     def _is_between_probes(self, now: int) -> bool:
@@ -441,210 +440,6 @@ class AutoLR(LRScheduler):
         ends = math.inf if began is None else began + max(*schedule.windows, schedule.mean_steps)
         schedule.last_step = min(self._last_probed, ends)
 
-    def _probe(self, batch: _Batch, window: int, now: int, lr_before: Sequence[float | Tensor]) -> float | None:
-        """Look along the line of the last steps, and move the level by what the losses say.
-
-        Args:
-            batch: that the candidates are judged by.
-            window: steps of the line.
-            now: optimizer steps done.
-            lr_before: the learning rates of the last step.
-
-        Returns:
-            The ratio at which the last steps were taken again; ``None`` if parameters stayed.
-        """
-        self._warn_once(self._snapshots.agree(self._prober.process_group))
-        schedule = self._tracker.schedule
-        new = self._level.new_groups() if now == schedule.searched_step else []
-        new = new if _take_part(new) else []
-        is_search = bool(new) or self._calibration.is_searching(now)
-        is_close = self._follows_steps and schedule.is_close(now)
-        if is_close != schedule.is_close(self._tracker.probed):
-            self._pace.begin_anew()
-        is_left_out, is_alarmed = (False, False) if is_search else self._left_out(batch, is_close, now)
-        if is_left_out:
-            self._end_probe(now)
-            return None
-        if self._rule is None and not (is_search or is_close):
-            window, seen = schedule.mean_steps - 1, self._follow(None, batch, now)
-        else:
-            only = {each for group in new for each in group["params"]}
-            line = self._line(batch.closure, 2, now, only) if is_alarmed else None
-            line = line or self._line(batch.closure, window, now, only)
-            if line is None:
-                return None
-            window = line.window
-            if is_search:
-                # The loss before the step is not that of where new groups alone have not moved.
-                seen = self._search(
-                    line, batch._replace(beside=None, knows_begin=False) if new else batch, now, new
-                )
-            elif is_close:
-                seen = self._follow_closely(line, batch, now)
-            else:
-                seen = self._follow(line, batch, now)
-        if seen is None:
-            return None
-        self._end_probe(now)
-        self._level.apply(now)
-        probe = Probe(
-            step=now,
-            window=window,
-            **seen._asdict(),
-            lr_before=lr_before,
-            lr_after=self._level.rates(),
-            level_after=self._level.of_groups(),
-            evaluator=self._prober.evaluator.name,
-        )
-        self._history.add(probe)
-        if probe.retaken is not None:
-            _log.info(
-                "took the last steps again, %g times as long, and moved the parameters: %r", probe.retaken, probe
-            )
-        return probe.retaken
-
-    def _left_out(self, batch: _Batch, is_close: bool, now: int) -> tuple[bool, bool]:
-        """Return whether a probe that is due is left out, and whether training's losses ask for one.
-
-        They tell if steps were too long: where they do not reach AutoLR by themselves, no probe is left out.
-        """
-        if batch.beside is None or not (batch.knows_begin and self._level.value.is_cpu):
-            return False, False
-        if not is_close and self._rule is not None:
-            return False, False
-        # What the level should be changes with the logarithm of the steps done.
-        least = 1 if is_close else _APART * (self._tracker.schedule.every_steps or 1)
-        is_left_out = self._pace.leaves_out(now // least)
-        if not is_left_out and not (is_close and self._pace.due > 1):
-            return False, False
-        training = self._prober.training(batch.beside)
-        if self._calibration.may_be_lost(training.own.item(), training.mean.item(), is_close):
-            return False, True
-        if is_left_out:
-            self._see(training.mean)
-        return is_left_out, False
-
-    def _end_probe(self, now: int) -> None:
-        self._losses.forget()
-        self._tracker.probed = now
-        self._snapshots.drop_used(now)
-
-    def _line(
-        self, closure: Closure, window: int, now: int, only: Collection[nn.Parameter]
-    ) -> StepLine | GradientLine | None:
-        """Return the candidates that are due, of some parameters or all; ``None`` if no window of them is open."""
-        names = candidate_parameters(self._prober.model, self._optimizers)
-        if not self._follows_steps:
-            return GradientLine(self._prober.model, self._optimizers, closure, self._prober.process_group)
-        return self._snapshots.line(window, now, names, only)
-
-    def _look(self, batch: _Batch, line: Line, factors: Sequence[float], known: float | None = None) -> Look:
-        """Return the losses of a batch along a line, but for the factor at which training saw it."""
-        known = known if batch.knows_begin else None
-        return self._prober.look(line, batch.closure, factors, batch.beside, known)
-
-    def _search(
-        self, line: StepLine | GradientLine, batch: _Batch, now: int, new: Sequence[dict[str, Any]]
-    ) -> _Seen:
-        """Start the level, or the rates of new groups, where their first step is best, and take that step again."""
-        is_known = batch.knows_begin and line.window == 1  # the loss where the step began
-        look: LookAt = partial(self._look, batch, line, known=_BEFORE if is_known else None)
-        step, begin = lengths(line.squares(), self._prober.process_group)
-        if new:
-            highest = self._level.highest_ratio(float(group["lr"]) for group in new)
-            found = self._calibration.find_for_groups(look, step, begin, highest, is_known)
-            self._level.add_groups(None if found.why_not else found.ratio * start_ratio(new))
-        else:
-            level = float(self._level.annealed(max(self.last_epoch, 0)))  # at which the step was taken
-            highest = self._level.highest_ratio(level * base for base in self._level.base)
-            found = self._calibration.find_first(look, step, begin, highest, is_known)
-            if not found.why_not:
-                go_on = start_ratio(self._optimizers.param_groups, self._snapshots.began_warm)
-                self._level.start_at(level * found.ratio * go_on)
-        self._warn_once(_why_not(found, self._calibration.steps - now, bool(new)))
-        factor = 1.0 if found.why_not else found.ratio
-        losses, weights = torch.tensor(
-            [found.losses, [each == factor for each in found.factors]], dtype=torch.float64
-        )
-        return _Seen(
-            tuple(found.factors),
-            losses,
-            weights,
-            torch.tensor(factor, dtype=torch.float64),
-            found.rounds,
-            self._retake(line, found.taken, now),
-        )
-
-    def _follow_closely(self, line: StepLine | GradientLine, batch: _Batch, now: int) -> _Seen:
-        """Lower the level if the last of the first steps raised the loss; if it blew up, take steps again."""
-        seen = self._look(batch, line, _STEP, known=_BEFORE if line.window == 1 else None)
-        cost = seen.costs[0]
-        again = self._calibration.find_again(partial(self._look, batch, line), seen, cost, line.window)
-        # From here on nothing raises that a closure can cause.
-        self._see(_mean_of(seen, cost, again))
-        if again is None:
-            moved, before = torch.ones_like(cost), seen.costs[1]
-            if cost - before > _RISE * before.abs():
-                moved = self._level.follow(torch.full_like(cost, 1 / _UNKNOWN), now)
-            self._pace.see(moved.item())
-            return _seen(seen, moved)
-        self._pace.hold()  # one such step is seldom the last
-        self._level.fall(again.taken, with_ceiling=False)
-        return _seen(seen, torch.full_like(cost, again.taken), again, self._retake(line, again.taken, now))
-
-    def _follow(self, line: StepLine | GradientLine | None, batch: _Batch, now: int) -> _Seen | None:
-        """Move the level by the heat, and by the rule if there is one; if they lost all, take the steps again.
-
-        Args:
-            line: of the rule's candidates, if there is one.
-            batch: as of :meth:`_probe`.
-            now: optimizer steps done.
-
-        Returns:
-            ``None`` if there is nothing to look at.
-        """
-        names = candidate_parameters(self._prober.model, self._optimizers)
-        averaged, steps = self._snapshots.lines_back(now, names)
-        asked = warm = None
-        if self._rule is not None and line is not None:
-            asked = self._look(batch, line, self._rule.factors)
-        if averaged is not None:
-            warm = self._look(batch, averaged, _AVERAGE, known=_NEWER)
-        seen = asked or warm
-        if seen is None:
-            return None
-        cost = seen.costs[-1] if self._rule is None else seen.costs[self._rule.unscaled]
-        again = None
-        if steps is not None and self._level.value.is_cpu:
-            look: LookAt = partial(self._look, batch, steps)
-            again = self._calibration.find_later(look, cost.item(), _mean_of(seen, cost).item())
-        # From here on nothing raises that a closure can cause.
-        self._see(_mean_of(seen, cost, again))
-        weights = None
-        if self._rule is None:
-            says = seen.costs.isfinite().any() & seen.costs.any()  # where the loss is 0, nothing can be gained
-            factor = torch.where(says, torch.full_like(cost, _UNKNOWN), 1.0)
-        else:
-            weights, factor = self._rule.weigh(seen.costs, None if seen.training is None else seen.training.own)
-        if again is not None:
-            self._pace.begin_anew()
-            self._level.fall(again.taken, with_ceiling=True)
-            retaken = self._retake(steps, again.taken, now, begin_anew=True)
-            _clear_statistics(self._prober.model)
-            return _seen(seen, torch.full_like(factor, again.taken), again, retaken, weights)
-        if warm is not None:
-            self._level.heat.add_heat(warm.costs[1] - warm.costs[0])
-        moved = self._level.follow(factor, now, max(1, self._pace.due))
-        if moved.is_cpu:
-            self._pace.see(moved.item())
-        return _seen(seen, moved, weights=weights)
-
-    def _see(self, mean: Tensor) -> None:
-        """Take the mean loss of the steps since the last probe, 0-dim, into account."""
-        self._level.heat.add_loss(mean, self._counter.steps)
-        if self._level.value.is_cpu:
-            self._calibration.see(mean.item())
-
     def _join_groups(self, now: int) -> None:
         """Give groups that were added the ratio to the others that they came with, if no search is to find it."""
         new = self._level.new_groups()
@@ -654,16 +449,6 @@ class AutoLR(LRScheduler):
         self._level.add_groups(None if self._calibration.is_searching(now) else 1.0)
         self._level.apply(max(self.last_epoch, 0))
         self._last_lr = self._level.rates()
-
-    def _retake(
-        self, line: StepLine | GradientLine | None, ratio: float, now: int, begin_anew: bool = False
-    ) -> float | None:
-        """Take the steps of a line again; return the ratio if anything moved."""
-        if not isinstance(line, StepLine):
-            return None
-        taken, message = self._snapshots.retake(line, ratio, now, begin_anew)
-        self._warn_once(message)
-        return taken
 
     def _update_lr(self, epoch: int | None = None) -> None:
         """Refuse what SequentialLR calls when a scheduler's turn comes."""
@@ -708,7 +493,7 @@ class AutoLR(LRScheduler):
             **HEADER,
             "last_epoch": self.last_epoch,
             "tracker": self._tracker.state(),
-            "pace": self._pace.state(),
+            "pace": self._probing.pace.state(),
             "snapshots": {"steps": self._counter.steps, **self._snapshots.state()},
             "hooks": self._hooks.state(),
             "state_weights": self._snapshots.weights_state(),
@@ -777,7 +562,7 @@ class AutoLR(LRScheduler):
         self.last_epoch = state["last_epoch"]
         self._step_count = self.last_epoch + 1
         self._tracker.load(state["tracker"], self.last_epoch)
-        self._pace.load(state["pace"])
+        self._probing.pace.load(state["pace"])
         self._apply()
         self._warn_once(lacking)  # last: a warning may be an error
 
@@ -801,87 +586,9 @@ class AutoLR(LRScheduler):
         self._last_lr = self._level.rates()
 
 
-class _Batch(NamedTuple):
-    """What candidates are judged by.
-
-    Attributes:
-        closure: returns their loss.
-        beside: [2], the mean loss since the last probe, and the closure's before the last step, if any is known.
-        knows_begin: whether the latter is known.
-    """
-
-    closure: Closure
-    beside: Tensor | None
-    knows_begin: bool
-
-
-class _Seen(NamedTuple):
-    """What a probe saw, as in :class:`Probe`."""
-
-    factors: tuple[float, ...]
-    losses: Tensor
-    weights: Tensor
-    factor: Tensor
-    rounds: int
-    retaken: float | None
-
-
-def _mean_of(seen: Look, cost: Tensor, again: Found | None = None) -> Tensor:
-    """Return the mean loss of the last steps; where it is not known, about where they ended, taken again or not."""
-    left = cost if again is None else torch.full_like(cost, again.cost)
-    return left if seen.training is None else torch.where(seen.training.mean.isnan(), left, seen.training.mean)
-
-
-def _seen(
-    look: Look,
-    factor: Tensor,
-    again: Found | None = None,
-    retaken: float | None = None,
-    weights: Tensor | None = None,
-) -> _Seen:
-    """Return what a probe saw at one look; without a rule, the lowest loss has all the weight."""
-    if weights is None:
-        lowest = look.costs == look.costs.nan_to_num(math.inf).amin()
-        weights = lowest / lowest.sum().clamp_min(1)
-    rounds = 1 if again is None else 1 + again.rounds
-    return _Seen(tuple(look.factors), look.losses, weights.to(look.losses), factor, rounds, retaken)
-
-
-def _clear_statistics(model: nn.Module) -> None:
-    """Begin the running statistics anew that a blow-up left without numbers: no later batch mends them."""
-    for module in model.modules():
-        reset = getattr(module, "reset_running_stats", None)
-        if reset and not all(buffer.isfinite().all() for buffer in module.buffers(recurse=False)):
-            reset()
-
-
 def _may_move(groups: Iterable[dict[str, Any]]) -> bool:
     """Whether the step to come may move any of these param groups."""
     return any(float(group["lr"]) and any(each.requires_grad for each in group["params"]) for group in groups)
-
-
-def _take_part(groups: Iterable[dict[str, Any]]) -> bool:
-    """Whether a step moves any of these param groups."""
-    return any(
-        float(group["lr"]) and any(parameter.grad is not None for parameter in group["params"]) for group in groups
-    )
-
-
-def _why_not(found: Found, left_steps: int, is_of_groups: bool) -> str:
-    """Return what to tell the user of a search; nothing if it found what it was for."""
-    if not found.why_not:
-        return ""
-    left = "stays" if found.taken else "is undone"
-    if is_of_groups:
-        return (
-            f"AutoLR searched the first step of the param groups that were added, and {found.why_not}. The step "
-            f"{left}; their lr keeps the ratio to those that the optimizer began with"
-        )
-    if found.is_endless:
-        after = "probes move the learning rate from where it is"
-    else:
-        after = "a next step tries again" if left_steps > 0 else "no more steps are searched"
-    return f"AutoLR could not calibrate: {found.why_not}. The step {left}, the learning rate stays, and {after}"
 
 
 _EXPECTED = "expected a callable that returns the loss, as in scheduler.loss(lambda: loss_fn(model(x), y))"

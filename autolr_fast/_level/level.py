@@ -124,6 +124,10 @@ class Level:
         """
         return _within(self._quick_value() * self.multiplier(step), *self.limits)
 
+    def current(self) -> float:
+        """Return the level as it was last applied, annealed and within the limits."""
+        return float(self.annealed(self._step))
+
     def start_at(self, value: Tensor | float) -> None:
         """Begin at a level that was searched for."""
         self._set(torch.as_tensor(value, dtype=torch.float64, device=self.value.device))
@@ -245,7 +249,7 @@ class Level:
         Raises:
             ValueError: if a learning rate is not within the limits.
         """
-        unit = 1.0 if scale is None else scale / float(self.annealed(self._step))
+        unit = 1.0 if scale is None else scale / self.current()
         first = len(self.base)
         rates = [_start_of(group, is_new=scale is not None) for group in self.new_groups()]
         bases = [self._checked(rate, first + index) * unit for index, rate in enumerate(rates)]
