@@ -40,13 +40,13 @@ def train(checkpoint, epochs=6, interrupted_at=None):
         saved = torch.load(checkpoint)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        torch.set_rng_state(saved["random"])
+        torch.set_rng_state(saved["random"])  # a GPU has another: torch.cuda.set_rng_state
         epochs_done = saved["epochs_done"]
 
     for epoch in range(epochs_done, epochs):
         for x, y in loader:
             if scheduler.last_epoch == interrupted_at:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt  # as Ctrl+C does
             optimizer.zero_grad()
             scheduler.loss(lambda: F.cross_entropy(model(x), y)).backward()
             optimizer.step()
