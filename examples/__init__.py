@@ -1,1 +1,1 @@
-"""Short programs that use the package; run them from the top of the repository."""
+"""Short programs that use the package: examples/README.md lists them."""

@@ -643,6 +643,6 @@ def test_fabric_needs_nothing(precision, tmp_path):
 def test_example(name, capsys):
     pytest.importorskip("sklearn")
     importlib.import_module(f"examples.{name}").main()
-    level, accuracy = re.findall(r"level (.*), test accuracy (.*)%", capsys.readouterr().out)[-1]
+    level, accuracy = re.findall(r"-> (.*), test accuracy (.*)%", capsys.readouterr().out)[-1]
     assert float(level) > 1e-3  # from 1e-6
     assert float(accuracy) > 97

@@ -525,7 +525,7 @@ def test_what_is_ignored_is_told_once(tmp_path):
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 def test_example(capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    trainer_example.main(steps=60)
-    level, loss = re.findall(r"level (\S+), loss (\S+)", capsys.readouterr().out)[-1]
-    assert float(level) > 1e-4
-    assert float(loss) < 2.5
+    trainer_example.main()
+    level, loss = re.findall(r"-> (\S+), loss \S+ -> (\S+)", capsys.readouterr().out)[-1]
+    assert float(level) > 1e-4  # from 1e-6
+    assert float(loss) < math.log(32) / 2  # half that of guessing
