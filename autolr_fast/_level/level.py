@@ -203,8 +203,9 @@ class Level:
         self._told = True
         return (
             f"the lr of {self._optimizers.group_name(index)} was {found:.6g} before optimizer.step(), and AutoLR "
-            f"had set {wanted:.6g}: something else writes it, such as another scheduler or a warm-up in the loop. "
-            "AutoLR puts its own back; remove the other"
+            f"had set {wanted:.6g}: something else writes it, such as another scheduler, a warm-up in the loop, or "
+            "a state that the optimizer loaded alone. AutoLR puts its own back; remove the other, and load the state "
+            "of AutoLR after the optimizer's"
         )
 
     def _rate(self, base: float, annealed: Tensor | float) -> Tensor | float:
