@@ -54,7 +54,9 @@ def any_start() -> Figure:
         is_loss = STUDIED[task].measure == "loss"
         ends = [best.best()[1], *medians(auto.results).values()]
         span = 0.25 * max(map(abs, ends))
-        axes.set_ylim((min(ends) - span / 4, max(ends) + span) if is_loss else (min(ends) - span, max(ends) + span / 4))
+        axes.set_ylim(
+            (min(ends) - span / 4, max(ends) + span) if is_loss else (min(ends) - span, max(ends) + span / 4)
+        )
         axes.set(xscale="log", xlabel="where the learning rate starts")
         axes.set_ylabel("loss (lower is better)" if is_loss else "accuracy, %")
         axes.set_title(TASKS[task], fontsize=10)
@@ -98,7 +100,7 @@ class _Run(NamedTuple):
     Attributes:
         probes: made in it.
         rates: learning rate before each step, and after the last one.
-        lines: step of each probe after the first steps -> losses of its batch over ``_LENGTHS`` of the last ten steps.
+        lines: step of each later probe -> losses of its batch over ``_LENGTHS`` of the last ten steps.
     """
 
     probes: Sequence[Probe]
@@ -123,21 +125,24 @@ def _train() -> _Run:
         scheduler.step()
         rates.append(scheduler.get_last_lr()[0])
         if scheduler.last_probe.step == scheduler.last_epoch > _CALIBRATED:
-            losses = [_loss_along(model, before[-11], before[-1], x, y, length) for length in _LENGTHS]
-            lines[scheduler.last_epoch] = losses
+            lines[scheduler.last_epoch] = _losses_along(model, (before[-11], before[-1]), (x, y))
     return _Run(scheduler.history, rates, lines)
 
 
 @torch.no_grad()
-def _loss_along(model: nn.Module, old: Sequence[Tensor], new: Sequence[Tensor], x: Tensor, y: Tensor, f: float) -> float:
-    candidate = copy.deepcopy(model)
-    for parameter, one, other in zip(candidate.parameters(), old, new, strict=True):
-        parameter.copy_(one + f * (other - one))
-    return F.cross_entropy(candidate(x), y).item()
+def _losses_along(
+    model: nn.Module, line: tuple[Sequence[Tensor], Sequence[Tensor]], batch: tuple[Tensor, Tensor]
+) -> list[float]:
+    candidate, losses, (x, y) = copy.deepcopy(model), [], batch
+    for length in _LENGTHS:
+        for parameter, old, new in zip(candidate.parameters(), *line, strict=True):
+            parameter.copy_(old + length * (new - old))
+        losses.append(F.cross_entropy(candidate(x), y).item())
+    return losses
 
 
 def line() -> Figure:
-    """Draw the losses along the last ten steps at three probes of a run: the rate rises most, stays, and falls most."""
+    """Draw the losses along the last ten steps at three probes of a run: the rate rises, stays, and falls."""
     run = _train()
     probes = sorted((each for each in run.probes if each.step in run.lines), key=lambda probe: float(probe.factor))
     still = min(probes, key=lambda probe: abs(float(probe.factor) - 1))

@@ -96,7 +96,9 @@ def _gains(row: Mapping[str, str]) -> str:
 
 
 def _early() -> str:
-    (table,) = (each for each in read(f"{_RESULTS}/study/study.md") if each.section.endswith("test examples, early"))
+    (table,) = (
+        each for each in read(f"{_RESULTS}/study/study.md") if each.section.endswith("test examples, early")
+    )
     return lines(["", *_OPTIMIZERS.values()], ([TASKS[task], *cells] for task, *cells in table.rows))
 
 
