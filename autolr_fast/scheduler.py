@@ -381,10 +381,10 @@ class AutoLR(LRScheduler):
         Call ``watch`` after `step`, as often as you evaluate: every hundredth of the training, say. It serves
         examples with wrong labels, trainings that are too long, and trainings of no known length.
 
-        The loss has stopped falling if a fifth of the steps brought
-        no new low, and the training loss is clearly below the lowest. It has also stopped if two thirds of the steps brought none. The learning rate
-        then falls in a straight line to zero, in half as many steps as were trained. ``anneal`` decides where that
-        is lower. Probes end. A log line of ``"autolr_fast"`` says so.
+        The loss has stopped falling if a fifth of the steps brought no new low, and the training loss is clearly
+        below the lowest. It has also stopped if two thirds of the steps brought none. The learning rate then falls
+        in a straight line to zero, in half as many steps as were trained. ``anneal`` decides where that is lower.
+        Probes end. A log line of ``"autolr_fast"`` says so.
 
         Args:
             loss: the mean of the training's loss function over the same examples each time, in eval mode and
