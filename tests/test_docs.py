@@ -1,6 +1,7 @@
 """What the pages of docs/ say runs, their figures are those of the results, and their links lead somewhere."""
 
 import copy
+import doctest
 import math
 import re
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import autolr_fast
-from autolr_fast import AutoLR
+from autolr_fast import AutoLR, rule
 from benchmarks.pages.markdown import fill
 from benchmarks.pages.tables import TABLES
 
@@ -225,5 +226,12 @@ def test_every_public_name_is_in_the_reference_with_an_example():
     reference = "".join(text_of(page) for page in PAGES if page.startswith("docs/api/"))
     for name in set(autolr_fast.__all__) - {"__version__"}:
         assert f"::: autolr_fast.{name}\n" in reference
-        public = getattr(autolr_fast, name)
-        assert name.startswith("FACTORS_") or ">>>" in public.__doc__, name
+        assert name.startswith("FACTORS_") or ">>>" in getattr(autolr_fast, name).__doc__, name
+
+
+def test_the_examples_of_factors_run():
+    """doctest sees no strings under constants."""
+    source = text_of("autolr_fast/rule.py")
+    examples = doctest.DocTestParser().get_doctest(source, dict(vars(rule)), "FACTORS", "rule.py", 0)
+    assert len(examples.examples) >= 4
+    assert doctest.DocTestRunner().run(examples).failed == 0

@@ -10,6 +10,7 @@ from typing import NamedTuple
 __all__ = ["ROOT", "Table", "fill", "lines", "read"]
 
 ROOT = Path(__file__).parent.parent.parent
+_TOGETHER = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 _MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -47,8 +48,8 @@ def read(path: str) -> list[Table]:
 
 def lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table as Markdown."""
-    every = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in every).replace("| --- ", "|---").replace("--- |", "---|")
+    written = [f"| {' | '.join(row)} |".replace(" ± ", _TOGETHER) for row in (heads, *rows)]
+    return "\n".join([written[0], "|---" * len(heads) + "|", *written[1:]])
 
 
 def fill(text: str, tables: Mapping[str, Callable[[], str]]) -> str:

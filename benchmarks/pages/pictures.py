@@ -67,28 +67,30 @@ def any_start() -> Figure:
 
 def gains() -> Figure:
     """Draw AutoLR's gain over the best tuned schedule: the median start, and from the worst to the best."""
-    rows = []
-    for task in itertools.chain(*GROUPS.values()):
+    tasks = [task for task in itertools.chain(*GROUPS.values()) if any(key[0] == task for key in _found())]
+    drawn = Figure(figsize=(10, 0.42 * len(tasks) + 1.4), layout="constrained")
+    axes = drawn.subplots()
+    for place, task in enumerate(tasks):
         for optimizer in trained_by(task):
             best, auto = _best_schedule(task, optimizer), _found().get((task, optimizer, "AutoLR"))
             if best and auto:
-                rows.append((task, optimizer, medians(auto.gains(best)).values()))
-    drawn = Figure(figsize=(9, 0.24 * len(rows) + 1.4), layout="constrained")
-    axes = drawn.subplots()
-    for place, (_, optimizer, values) in enumerate(rows):
-        style = {"color": _COLOURS[optimizer], "zorder": 3}
-        axes.hlines(place, min(values), max(values), linewidth=3, alpha=0.5, **style)
-        axes.plot(statistics.median(values), place, "o", markersize=5, **style)
+                values, style = medians(auto.gains(best)).values(), {"color": _COLOURS[optimizer], "zorder": 3}
+                height = place + 0.22 * (list(_COLOURS).index(optimizer) - 1)
+                axes.hlines(height, min(values), max(values), linewidth=3, alpha=0.5, **style)
+                axes.plot(statistics.median(values), height, "o", markersize=5, **style)
+    for optimizer, colour in _COLOURS.items():
+        axes.plot([], [], "o", color=colour, label=optimizer)
+    axes.legend(frameon=False, loc="lower right")
     axes.axvline(0, color="black", linewidth=1)
-    axes.set_yticks(range(len(rows)), [f"{TASKS[task]}, {optimizer}" for task, optimizer, _ in rows], fontsize=8)
+    axes.set_yticks(range(len(tasks)), [TASKS[task] for task in tasks])
     axes.set_xlabel("gain over the best tuned schedule, in points of accuracy or % of the loss")
     axes.invert_yaxis()
-    axes.margins(y=0.01)
+    axes.margins(y=0.02)
     _plain(axes)
     return _signed(drawn, "python -m benchmarks.study, python -m benchmarks.pages")
 
 
-def _best_schedule(task: str, optimizer: str) -> Outcome:
+def _best_schedule(task: str, optimizer: str) -> Outcome | None:
     every = (_found().get((task, optimizer, schedule)) for schedule in SCHEDULES)
     choose = max if STUDIED[task].measure == "accuracy" else min
     return choose((each for each in every if each and each.is_tuned), key=lambda each: each.best()[1], default=None)

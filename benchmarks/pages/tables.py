@@ -195,7 +195,8 @@ def _tree(path: str) -> Callable[[], str]:
 
 def _trainer() -> str:
     scratch, tuned = read(f"{_RESULTS}/trainer.md")
-    heads = ["", scratch.section, "", tuned.section, ""]
+    over = "over the best linear"
+    heads = ["", scratch.section, over, tuned.section, over]
     pairs = zip(scratch.rows, tuned.rows, strict=True)
     return lines(heads, ([one[0].removesuffix(" (best)"), *one[1:], *other[1:]] for one, other in pairs))
 
