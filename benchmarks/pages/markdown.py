@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["ROOT", "Table", "fill", "lines", "read"]
+__all__ = ["ROOT", "TOGETHER", "Table", "fill", "lines", "read"]
 
 ROOT = Path(__file__).parent.parent.parent
-_TOGETHER = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+TOGETHER = "\N{NO-BREAK SPACE}"
+"""Between the parts of a figure."""
 _MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -48,7 +49,7 @@ def read(path: str) -> list[Table]:
 
 def lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table as Markdown."""
-    written = [f"| {' | '.join(row)} |".replace(" ± ", _TOGETHER) for row in (heads, *rows)]
+    written = [f"| {' | '.join(row)} |".replace(" ± ", f"{TOGETHER}±{TOGETHER}") for row in (heads, *rows)]
     return "\n".join([written[0], "|---" * len(heads) + "|", *written[1:]])
 
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from itertools import groupby
 
-from .markdown import ROOT, Table, lines, read
+from .markdown import ROOT, TOGETHER, Table, lines, read
 
 __all__ = ["TABLES", "TASKS"]
 
@@ -92,7 +92,7 @@ def _study(cell: Callable[[Mapping[str, str]], str]) -> str:
 def _gains(row: Mapping[str, str]) -> str:
     cosine, best = (row[over].split()[0] for over in ("over the best cosine", "over the best"))
     few = f" ({row['seeds']})" if int(row["seeds"]) < 3 else ""
-    return f"{cosine}, {best}{few}"
+    return f"{cosine}, {best}{few}".replace(" ", TOGETHER)
 
 
 def _early() -> str:
@@ -175,7 +175,9 @@ def _training(path: str) -> Callable[[], str]:
         every = [dict(zip(table.heads, row, strict=True)) for row in table.rows]
         rows = []
         for model, of_model in groupby(every, key=lambda row: row["model"]):
-            cells = {row["optimizer"]: f"{row['it adds']} of {row['cosine']}" for row in of_model}
+            cells = {
+                row["optimizer"]: f"{row['it adds']} of {row['cosine']}".replace(" ", TOGETHER) for row in of_model
+            }
             rows.append([model, *(cells.get(optimizer, "") for optimizer in _OPTIMIZERS)])
         return lines(["added to a step", *_OPTIMIZERS.values()], rows)
 
