@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import statistics
 from collections.abc import Callable, Mapping
 from itertools import groupby
 
@@ -103,25 +101,19 @@ def _early() -> str:
 
 
 def _held_back() -> str:
-    """Return the test accuracies where labels are wrong, with and without examples held back."""
-    found: dict[tuple[str, str], dict[float, list[float]]] = {}
-    methods = {
-        "AutoLR": "AutoLR",
-        "AutoLR, held back": "AutoLR that watches a tenth of the examples",
-        "cosine": "best cosine on all examples",
-    }
-    with (ROOT / _RESULTS / "study/runs.jsonl").open(encoding="utf-8") as rows:
-        for row in map(json.loads, rows):
-            if row["task"] == "noise" and row["method"] in methods and (row["batch_size"], row["length"]) == (0, 1):
-                by_start = found.setdefault((row["method"], row["optimizer"]), {})
-                by_start.setdefault(row["lr"], []).append(row["result"] or 0.0)
-    reached: dict[tuple[str, str], float] = {}
-    for (method, optimizer), by_start in found.items():
-        least = max(map(len, by_start.values())) / 2  # a start that ran with few seeds may only have been lucky
-        medians = [statistics.median(results) for results in by_start.values() if len(results) >= least]
-        reached[method, optimizer] = max(medians) if method == "cosine" else statistics.median(medians)
-    rows = [[name, *(f"{reached[method, each]:.1f} %" for each in _OPTIMIZERS)] for method, name in methods.items()]
-    return lines(["", *_OPTIMIZERS.values()], rows)
+    """Return what AutoLR gains where labels are wrong, with and without examples held back."""
+    (table,) = (each for each in read(f"{_RESULTS}/study/study.md") if each.section == "Examples held back")
+    rows = [dict(zip(table.heads, row, strict=True)) for row in table.rows]
+    plain, watching = (
+        [row for row in rows if row[""].endswith(", held back") is watches] for watches in (False, True)
+    )
+    over = "over the best cosine"
+    lined = [
+        ["best cosine on all examples, %", *(row["cosine"].split(": ")[1] for row in plain)],
+        [f"AutoLR {over}", *(row[over].split(" (")[0] for row in plain)],
+        [f"AutoLR that watches a tenth of the examples, {over}", *(row[over].split(" (")[0] for row in watching)],
+    ]
+    return lines(["", *_OPTIMIZERS.values()], lined)
 
 
 def _games() -> str:
