@@ -76,7 +76,7 @@ class Probe:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Probe:
-        """Return the probe that `to_dict` made plain."""
+        """Return the probe that :meth:`to_dict` made plain."""
         tensors = {name: torch.tensor(plain[name], dtype=torch.float64) for name in ("losses", "weights", "factor")}
         return cls(**{**plain, "factors": tuple(plain["factors"]), **tensors})
 
