@@ -44,7 +44,7 @@ def plot(
     Raises:
         ValueError: if there are no probes, or none with such an index or of such a group.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from autolr_fast import AutoLR
         >>> model = torch.nn.Linear(4, 1)
@@ -87,13 +87,17 @@ def plot(
 
 
 class Curve(NamedTuple):
-    """What one run did, at S moments of its training.
+    """Holds one run at S moments of its training, for `plot_runs`.
 
     Attributes:
         label: the method; runs of one label share a colour.
         steps: S optimizer steps, ascending.
         lrs: S learning rates.
         losses: S losses.
+
+    Examples:
+        >>> Curve("AutoLR", steps=[0, 1], lrs=[1e-3, 2e-3], losses=[1.0, 0.5]).label
+        'AutoLR'
     """
 
     label: str
@@ -105,13 +109,13 @@ class Curve(NamedTuple):
 def plot_runs(curves: Sequence[Curve], *, title: str, loss: str = "validation loss", footer: str = "") -> Figure:
     """Draw learning rate and loss over steps, a panel each and a line a run; the last label stands out.
 
-    What leaves a panel: losses that are not finite or over three times the first, at the top; learning rates
-    below a hundredth of the lowest start, at the bottom.
+    Losses that are not finite or over three times the first leave the panel at the top. Learning rates below a
+    hundredth of the lowest start leave it at the bottom.
 
     Args:
         curves: runs, in the order of the legend.
         title: over both panels.
-        loss: what the losses are.
+        loss: the name of the losses.
         footer: small print under the panels.
 
     Returns:
@@ -120,7 +124,7 @@ def plot_runs(curves: Sequence[Curve], *, title: str, loss: str = "validation lo
     Raises:
         ValueError: if there are no curves, or a curve has not as many learning rates or losses as steps.
 
-    Example:
+    Examples:
         >>> curve = Curve("AutoLR", steps=[0, 1], lrs=[1e-3, 2e-3], losses=[1.0, 0.5])
         >>> [axes.get_ylabel() for axes in plot_runs([curve], title="two steps").axes]
         ['learning rate', 'validation loss']
@@ -165,7 +169,7 @@ def plot_tree(history: Sequence[Epoch], *, title: str, footer: str = "") -> Figu
     A branch without a finite loss is a cross.
 
     Args:
-        history: E epochs, as :attr:`autolr_fast.ALRTree.history` has them.
+        history: E epochs, as ``ALRTree.history`` has them.
         title: over both panels.
         footer: small print under the panels.
 
@@ -175,7 +179,7 @@ def plot_tree(history: Sequence[Epoch], *, title: str, footer: str = "") -> Figu
     Raises:
         ValueError: if there are no epochs.
 
-    Example:
+    Examples:
         >>> from autolr_fast._tree import Branch, Epoch
         >>> epoch = Epoch(1, (Branch(0, 0.2, 0.5), Branch(0, 0.05, 0.9)), survivors=(0,))
         >>> [axes.get_ylabel() for axes in plot_tree([epoch], title="one epoch").axes]

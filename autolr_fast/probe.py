@@ -18,23 +18,39 @@ _SHOWN = 7  # candidates; of more, those alone that count
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Probe:
-    """One look at the losses along a line of candidates, and what became of the learning rate.
+    """Holds what one probe saw along a line of candidates, and what became of the learning rate.
+
+    Print ``scheduler.last_probe``, or read ``scheduler.history``, which has all of them.
 
     Attributes:
         step: optimizer steps done when the probe was made.
-        window: optimizer steps the line spans; 0 for ``direction="gradient"``.
-        factors: N factors, relative to the steps that were taken: 2/3 and 1 of the ten before the last one, 1 and 0
-            of one of the first; those of a rule, if there is one; all that calibration looked at in its search.
+        window: optimizer steps that the line spans; 0 for ``direction="gradient"``.
+        factors: N factors, relative to the steps that were taken. They are 2/3 and 1 of the ten steps before the
+            last one, or 1 and 0 of one of the first steps. They are those of a rule, if there is one. In a search
+            they are all that calibration looked at.
         losses: [N] float64, the loss of each candidate, averaged over ranks.
-        weights: [N] float64, the normalised scores; they sum to 1 (0 where no loss was finite). Without a rule, the
-            lowest loss has all.
-        factor: 0-dim float64, by how much the level moved; of steps that were taken again, ``retaken``.
+        weights: [N] float64, the normalised scores, which sum to 1 (0 where no loss was finite). The lowest loss
+            has all the weight without a rule.
+        factor: 0-dim float64, the factor by which the level moved; ``retaken`` where steps were taken again.
         lr_before: learning rate of each param group when the step was taken.
         lr_after: learning rate of each param group for the next step, annealing included.
         level_after: the same before annealing.
         evaluator: name of the evaluator that ran.
         rounds: how often losses were evaluated: more than once where steps were taken again.
         retaken: at how many times their learning rates the steps were taken again; ``None`` if parameters stayed.
+
+    Examples:
+        >>> from autolr_fast import AutoLR
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+        >>> scheduler = AutoLR(optimizer, model, total_steps=100)
+        >>> loss = scheduler.loss(lambda: (model(torch.ones(8, 4)) - 1).square().mean())
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> scheduler.step()
+        >>> probe = scheduler.last_probe
+        >>> probe.step, probe.evaluator, probe.retaken > 1
+        (1, 'inplace', True)
     """
 
     step: int

@@ -1,8 +1,8 @@
-"""The source's loops as they are written there: deep copies, one after another. Slow and obvious.
+"""Run the source's loops as they are written there: deep copies, one after another, slow and obvious.
 
-Kim & Yu, "Automated learning rate scheduling with in-training information": Algorithm 1, and the technique of its
-background, an adaptive learning-rate tree (Takase, Oyama & Kurihara). They are the oracles of the tests and the
-baselines of the benchmarks, and share no code with the package.
+The loops are those of Kim & Yu, "Automated learning rate scheduling with in-training information": Algorithm 1, and
+the technique of its background. That technique is an adaptive learning-rate tree (Takase, Oyama & Kurihara). They
+are the oracles of the tests and the baselines of the benchmarks, and share no code with the package.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def propose_lr(
     factors: Sequence[float] = (2.0, 1.0, 0.5),
     probe_loss: Loss | None = None,
 ) -> float:
-    """Return the next learning rate: :func:`next_lr` of the :func:`candidate_losses`.
+    """Return the next learning rate: `next_lr` of the `candidate_losses`.
 
     Args:
         model: left untouched.
@@ -37,7 +37,7 @@ def propose_lr(
         factors: N positive numbers.
         probe_loss: L(theta', B), evaluated at each candidate; by default ``loss`` itself.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(1, 1, bias=False)
         >>> _ = nn.init.ones_(model.weight)
         >>> round(propose_lr(model, lambda m: m.weight.square().sum(), lr=0.1), 4)
@@ -53,7 +53,22 @@ def candidate_losses(
     factors: Sequence[float],
     probe_loss: Loss | None = None,
 ) -> list[float]:
-    """Return L(theta - f * lr * grad) for each factor; arguments as in :func:`propose_lr`."""
+    """Return L(theta - f * lr * grad) for each factor.
+
+    Args:
+        model: left untouched.
+        loss: gives the gradient of each candidate.
+        lr: learning rate that the factors scale.
+        factors: N positive numbers.
+        probe_loss: L(theta', B), evaluated at each candidate; by default ``loss`` itself.
+
+    Examples:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.ones_(model.weight)
+        >>> losses = candidate_losses(model, lambda m: m.weight.square().sum(), lr=0.1, factors=[2.0, 1.0])
+        >>> [round(loss, 2) for loss in losses]  # 1 - f * 0.1 * 2, squared
+        [0.36, 0.64]
+    """
     losses = []
     for factor in factors:
         with torch.random.fork_rng():  # every candidate sees the same dropout masks
@@ -72,7 +87,12 @@ def candidate_losses(
 def next_lr(losses: Sequence[float], lr: float, factors: Sequence[float]) -> float:
     """Return ``lr * prod_n f_n ** (w_n / sum w)`` with ``w = exp(-x)`` of the min-max normalised losses.
 
-    Example:
+    Args:
+        losses: N losses, one a factor.
+        lr: learning rate that the factors scale.
+        factors: N positive numbers.
+
+    Examples:
         >>> round(next_lr([0.9, 1.0, 1.2], lr=1.0, factors=[2.0, 1.0, 0.5]), 3)
         1.234
     """
@@ -85,7 +105,12 @@ def next_lr(losses: Sequence[float], lr: float, factors: Sequence[float]) -> flo
 
 
 class Beam(NamedTuple):
-    """A model that an epoch starts from, its optimizer's state and learning rate."""
+    """Holds a model that an epoch starts from, its optimizer's state and its learning rate.
+
+    Examples:
+        >>> Beam(nn.Linear(1, 1), state={}, lr=0.1).lr
+        0.1
+    """
 
     model: nn.Module
     state: dict[str, Any] | None
@@ -105,8 +130,8 @@ def tree_search(
 ) -> tuple[list[Beam], list[list[tuple[int, float, float]]]]:
     """Return the beams after the last epoch, best first, and ``(parent, lr, loss)`` of each branch of each epoch.
 
-    The ALR technique, one training after another: every beam trains an epoch at each multiple of its learning rate,
-    and those of the lowest mean loss are the next beams.
+    The ALR technique trains one branch after another. Every beam trains an epoch at each multiple of its learning
+    rate. The branches of the lowest mean loss are the next beams.
 
     Args:
         model: left untouched.
@@ -117,6 +142,14 @@ def tree_search(
         beams: M that survive an epoch.
         factors: N multiples of a beam's learning rate.
         optimizer: makes one of parameters and ``lr``.
+
+    Examples:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> batches = [(torch.ones(1, 1), torch.ones(1, 1))] * 4
+        >>> beams, _ = tree_search(model, nn.functional.mse_loss, [0.1], batches, epochs=2)
+        >>> [beam.lr for beam in beams]
+        [0.4, 0.2]
     """
     survivors = [Beam(model, None, lr) for lr in lrs]
     history = []

@@ -30,33 +30,57 @@ Transform = Callable[[Tensor], Tensor]
 """A normalisation or a score: [N] in, [N] out."""
 
 FACTORS_2: tuple[float, ...] = (1.5, 1 / 1.5)
+"""The factors of a `Rule` by default; a probe costs two forwards.
+
+Examples:
+    >>> Rule().factors == FACTORS_2
+    True
+"""
 FACTORS_3: tuple[float, ...] = (2.0, 1.0, 0.5)
+"""The source's Factor_3; a probe costs three forwards.
+
+Examples:
+    >>> Rule(FACTORS_3).factors
+    (2.0, 1.0, 0.5)
+"""
 FACTORS_5: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5, 0.125)
+"""The source's Factor_5; a probe costs five forwards, and the factors lean down by themselves.
+
+Examples:
+    >>> math.prod(FACTORS_5)
+    0.5
+"""
 FACTORS_7: tuple[float, ...] = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
+"""The source's Factor_7; a probe costs seven forwards.
+
+Examples:
+    >>> math.prod(FACTORS_7)
+    1.0
+"""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What Algorithm 1 of the source leaves to choose: the candidates, and how their losses weigh the factors.
+    """Holds what Algorithm 1 of the source leaves to choose: the candidates, and how losses weigh the factors.
 
-    With ``x = normalize(losses)`` and ``w = score(x)`` the learning rate moves by
-    ``prod_n factors[n] ** (w_n / sum(w))`` (Kim & Yu, "Automated learning rate scheduling with in-training
-    information", Algorithm 1).
+    Give one to ``AutoLR(rule=...)`` to look along the last steps as the source does. The learning rate moves by
+    ``prod_n factors[n] ** (w_n / sum(w))``, with ``x = normalize(losses)`` and ``w = score(x)``. The formula is
+    that of Kim & Yu, "Automated learning rate scheduling with in-training information", Algorithm 1.
 
     Args:
         factors: N different positive numbers, some above 1 and some below: the candidates, in units of the step.
         score: ``"exp"`` for exp(-x), or a callable from x [N] to weights [N], not negative.
         normalize: ``"minmax"``, ``"zscore"``, ``"sum"`` (losses over their absolute sum), ``"none"``, or a callable
             from losses [N] to x [N].
-        direction: ``"step"``: candidates lie on the line through what the optimizer did. ``"gradient"``: on
-            ``now - f * lr * grad``, with a fresh gradient of the closure.
+        direction: ``"step"`` lays the candidates on the line through the optimizer's steps. ``"gradient"`` lays
+            them on ``now - f * lr * grad``, with a fresh gradient of the closure.
         window_steps: optimizer steps that the line of ``"step"`` spans: one number, or several that take turns.
 
     Raises:
         TypeError: if an argument is of a kind that cannot be meant.
         ValueError: if an argument has a value that cannot be meant.
 
-    Example:
+    Examples:
         >>> weights, factor = Rule(FACTORS_3).weigh(torch.tensor([0.9, 1.0, 1.2], dtype=torch.float64))
         >>> [round(w, 3) for w in weights.tolist()], round(factor.item(), 3)
         ([0.48, 0.344, 0.176], 1.234)
@@ -85,17 +109,20 @@ class Rule:
     def weigh(self, losses: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weigh each factor by the score of its loss, and return the weighted geometric mean.
 
-        The source leaves three cases open. A loss that is not finite weighs 0, and ``normalize`` sees the largest
-        finite loss in its place. The factor is 1 if all losses are equal, all weights 0, or no loss is finite: that
-        says nothing of the rate, unless the loss before the step was. The smallest factor is taken then.
+        The source leaves three cases open:
+
+        - A loss that is not finite weighs 0, and ``normalize`` sees the largest finite loss in its place.
+        - The factor is 1 if all losses are equal, all weights 0, or no loss is finite: such losses say nothing of
+          the rate.
+        - The smallest factor is taken if no loss is finite, but the loss before the step was.
 
         Args:
             losses: [N] float64, one loss a candidate; lower is better.
             before: 0-dim, the loss before the step; ``None``, or not a number, if unknown.
 
         Returns:
-            ``(weights, factor)`` on the device of ``losses``: weights [N] that sum to 1 (0 if no loss is finite, or
-            every score is 0), and a 0-dim factor.
+            ``(weights, factor)`` on the device of ``losses``. The weights [N] sum to 1, or are 0 if no loss is
+                finite or every score is 0. The factor is 0-dim.
         """
         normalize = _resolve("normalize", self.normalize, NORMALIZATIONS)
         score = _resolve("score", self.score, SCORES)

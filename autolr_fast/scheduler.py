@@ -49,53 +49,54 @@ _log = logging.getLogger("autolr_fast")
 class AutoLR(LRScheduler):
     """Finds the learning rate, and keeps it where the noise of its steps costs a small share of what they gain.
 
-    A probe evaluates the loss at scaled versions of what the optimizer did in its last steps, ``prev + f * (now -
-    prev)``, and moves the *level*. Annealing takes the level to zero: ``lr = level * anneal(fraction of training
-    done)``. A probe changes nothing but the learning rate (calibration and lost steps apart).
+    Compute the training loss through `loss`, and call `step` after every ``optimizer.step()``. Give
+    ``total_steps``, and leave the other arguments alone.
 
     1. Calibration searches the first step for the scale where the loss is lowest, and takes that step again there.
-       The level begins at a third of that rate, or at ``1 - momentum`` of it.
+       The *level* begins at a third of that rate, or at ``1 - momentum`` of it.
     2. Every later probe asks whether the last ten steps had better been a third shorter, on a batch that these have
-       not seen. By how much the loss would have been lower is their *heat*. The *gain* is the fall of the mean
-       loss in a doubling of the steps. The level rises while the heat is below ``max_heat`` times the gain.
-    3. A probe is due every ten steps. It is made if the level still moves one way. While the level stands still, or
-       moves to and fro, seven of eight are left out.
+       not seen. The *heat* is by how much the loss would have been lower. The *gain* is the fall of the mean loss
+       in a doubling of the steps. The level rises while the heat is below ``max_heat`` times the gain.
+    3. A probe is due every ten steps. It is made if the level still moves one way. Seven of eight are left out
+       while the level stands still, or moves to and fro.
     4. Steps that blow up the loss are taken again, shorter, at a lower level.
+    5. Annealing takes the level to zero: ``lr = level * anneal(fraction of training done)``.
 
-    Looking along steps is Algorithm 1 of Kim & Yu, "Automated learning rate scheduling with in-training
-    information"; :meth:`paper` gives their own setting, and ``rule`` parts of it.
+    A probe evaluates the loss at scaled versions of the optimizer's last steps, ``prev + f * (now - prev)``. A
+    probe changes nothing but the learning rate, calibration and lost steps apart. Looking along steps is Algorithm
+    1 of Kim & Yu, "Automated learning rate scheduling with in-training information". `paper` gives their own
+    setting, and ``rule`` parts of it.
 
     Args:
-        optimizer: any :class:`torch.optim.Optimizer` whose ``lr`` scales its steps (not LBFGS, Rprop, ASGD), or a
-            list of those that train parts of the model, as ``[muon, adamw]``. All param groups keep their ratios to
-            each other, and a group whose lr is 0 stays there. The first step of a group that is added later is
-            searched as the first step of all was; without calibration the group keeps the ratio it came with.
-        model: the module whose parameters the optimizer trains, wrapped or compiled or not. It may hold more: all
-            of it is put back after a probe, as are the other modules that a closure can reach.
-        total_steps: optimizer steps of the whole training. Without it there is no annealing until :meth:`watch`
-            begins it.
-        anneal: ``"cosine"``, ``"linear"``, or a callable from the fraction of training done to a multiplier.
-            The multiplier scales the logarithm of each move too: the level does not climb against annealing.
+        optimizer: any `torch.optim.Optimizer` whose ``lr`` scales its steps (not LBFGS, Rprop, ASGD), or a list of
+            those that train parts of the model, as ``[muon, adamw]``. All param groups keep their ratios to each
+            other, and a group whose lr is 0 stays there. The first step of a group that is added later is searched
+            as the first step of all was. Such a group keeps the ratio it came with if there is no calibration.
+        model: the module whose parameters the optimizer trains, wrapped or compiled or not. The model may hold
+            more: all of it is put back after a probe, as are the other modules that a closure can reach.
+        total_steps: optimizer steps of the whole training. Nothing anneals without it until `watch` begins to.
+        anneal: ``"cosine"``, ``"linear"``, or a callable from the fraction of training done to a multiplier. The
+            multiplier scales the logarithm of each move too: the level does not climb against annealing.
         probe_every_steps: optimizer steps from one probe that is due to the next, after calibration; ``None`` for
-            no more probes. None is left out with a ``rule``, where :meth:`step` is given the closure, or where the
+            no more probes. None is left out with a ``rule``, where `step` is given the closure, or where the
             learning rate is a tensor on an accelerator.
-        probe_until_fraction: of ``total_steps``, up to which there are probes, calibration apart. From then on the
-            level stays, and only annealing goes on. It plays no part without ``total_steps``.
+        probe_until_fraction: of ``total_steps``, up to which there are probes, calibration apart. The level stays
+            from then on, and only annealing goes on. The fraction plays no part without ``total_steps``.
         calibration_steps: how many of the first optimizer steps are watched; 0 for none. The probe of the first
             searches that step. Later ones are rarer and rarer, and come at once if a loss is four times as high as
-            before: then the last steps are taken again, shorter. The level rises only after these steps. ``None``
+            before. The last steps are taken again, shorter, then. The level rises only after these steps. ``None``
             is 20, or 0 for an optimizer that has trained before.
-        max_heat: heat in units of the gain at which the level stays; ``math.inf`` for no limit. With a limit, the
-            parameters of an earlier step are kept between probes.
-        rule: the source's: a probe looks at its candidates along the last steps too, and the level moves by their
-            factor as far as the heat lets it. ``None`` for the heat alone.
+        max_heat: heat in units of the gain at which the level stays; ``math.inf`` for no limit. The parameters of
+            an earlier step are kept between probes with a limit.
+        rule: that of the source. A probe looks at the rule's candidates along the last steps too. The level moves
+            by their factor as far as the heat lets it. ``None`` for the heat alone.
         lr_limits: lowest and highest learning rate, annealing included. Each param group is held by them alone.
-        micro_batches: ``"last"``: of several calls of :meth:`loss` before an optimizer step, a probe runs the last
-            one's closure; ``"all"``: all of them, and takes their mean.
-        evaluator: ``"auto"`` (see :class:`~autolr_fast.Auto`), ``"streamed"``, ``"stacked"``, ``"inplace"``,
-            ``"graphed"``, or one such as ``Stacked(max_memory=2**30)``. One asked for by name never falls back.
+        micro_batches: ``"last"`` has a probe run the closure of the last of several calls of `loss` before an
+            optimizer step. ``"all"`` has it run all of them, and takes their mean.
+        evaluator: ``"auto"`` (see `Auto`), ``"streamed"``, ``"stacked"``, ``"inplace"``, ``"graphed"``, or one such
+            as ``Stacked(max_memory=2**30)``. One asked for by name never falls back.
         snapshots: where the parameters from before a step are kept for its probe. ``"device"`` is a copy or two of
-            the model on the GPU. ``"host"`` is pinned memory, to which they are copied as the step begins; a probe
+            the model on the GPU. ``"host"`` is pinned memory, to which they are copied as the step begins. A probe
             brings them back for each candidate, a parameter or 16 MiB at a time.
         process_group: the ranks whose losses are averaged before scoring; ``None`` is the default group, if any.
 
@@ -106,7 +107,7 @@ class AutoLR(LRScheduler):
         TypeError: if an argument is of a kind that cannot be meant.
         ValueError: if a value cannot be meant, or model and optimizer do not belong together.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(4, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
         >>> scheduler = AutoLR(optimizer, model, total_steps=100)
@@ -214,14 +215,14 @@ class AutoLR(LRScheduler):
     ) -> AutoLR:
         """Return the source's own setting: Factor_3, the last step only, every step, no calibration, no annealing.
 
-        With momentum or Adam it climbs to a learning rate that ruins the network; see the README.
+        The rate climbs with momentum or Adam until it ruins the network. Take the defaults of `AutoLR` to train.
 
         Args:
-            optimizer: as in :class:`AutoLR`.
-            model: as in :class:`AutoLR`.
-            **overrides: any argument of :class:`AutoLR`, as ``rule=Rule(FACTORS_3, direction="gradient")``.
+            optimizer: as in `AutoLR`.
+            model: as in `AutoLR`.
+            **overrides: any argument of `AutoLR`, as ``rule=Rule(FACTORS_3, direction="gradient")``.
 
-        Example:
+        Examples:
             >>> model = nn.Linear(4, 1)
             >>> AutoLR.paper(torch.optim.SGD(model.parameters(), lr=0.005), model)  # doctest: +NORMALIZE_WHITESPACE
             AutoLR(lr=[0.005], total_steps=None, probe_every_steps=1, calibration_steps=0, max_heat=inf,
@@ -240,21 +241,21 @@ class AutoLR(LRScheduler):
     def loss(self, closure: Closure) -> Tensor:
         """Run the closure with gradients on, and return its loss; keep the closure if the step will be probed.
 
-        A probe runs the closure again for each candidate, with the random numbers, the variables, the autocast
-        state and the train or eval modes that it finds here: all candidates see the step's own batch and noise.
-        Nothing is kept of a step that will not be probed. The gain comes from the losses of all steps.
+        A probe runs the closure again for each candidate. The random numbers, the variables, the autocast state and
+        the train or eval modes are those of this call. All candidates see the step's own batch and noise. Nothing
+        is kept of a step that will not be probed. The gain comes from the losses of all steps.
 
         Args:
-            closure: returns the whole scalar loss of one batch, which ``backward`` is called on afterwards. A probe
-                runs the closure again, so it does not log.
+            closure: returns the whole scalar loss of one batch, which ``backward`` is called on afterwards. The
+                closure does not log, since a probe runs it again.
 
         Raises:
             TypeError: if ``closure`` is not callable.
-            ClosureError: if it does not return a scalar loss tensor, changes a tensor that it holds, or gradients
-                are off.
+            ClosureError: if ``closure`` does not return a scalar loss tensor, changes a tensor that it holds, or
+                gradients are off.
             RuntimeError: if another AutoLR was given the optimizer since.
 
-        Example:
+        Examples:
             >>> model = nn.Linear(4, 1)
             >>> optimizer = torch.optim.AdamW(model.parameters())
             >>> scheduler = AutoLR(optimizer, model, total_steps=100)
@@ -280,10 +281,11 @@ class AutoLR(LRScheduler):
     def remember(self, closure: Closure) -> None:
         """Remember a closure for a probe, without running it.
 
-        A framework calls it just before it computes the same loss. The gain then comes from the losses of probes.
+        Call ``remember`` where a framework computes the same loss right afterwards. The gain then comes from the
+        losses of probes.
 
         Args:
-            closure: as of :meth:`loss`.
+            closure: as of `loss`.
 
         Raises:
             TypeError: if ``closure`` is not callable.
@@ -301,21 +303,21 @@ class AutoLR(LRScheduler):
         self._losses.remember(closure, step, is_first=again)
 
     def step(self, closure: Closure | None = None) -> None:  # type: ignore[override]
-        """Do what is due after an optimizer step: probe, anneal, or nothing.
+        """Do the work that is due after an optimizer step: probe, anneal, or nothing.
 
-        Call it after every ``optimizer.step()``. Calls with no optimizer step in between are one.
+        Call ``step`` after every ``optimizer.step()``. Calls with no optimizer step in between are one.
 
         Args:
-            closure: returns the scalar loss that the candidates are judged by instead of that given to
-                :meth:`loss`: of another batch, say, or of several. The closure does not call backward. A probe runs
-                the closure up to N times, each time with the same random numbers. The first probe runs the closure
-                more often, to check it and to choose an evaluator. With ``maximize=True`` a higher value is better.
+            closure: returns the scalar loss that the candidates are judged by instead of that given to `loss`: of
+                another batch, say, or of several. The closure does not call backward. A probe runs the closure up
+                to N times, each time with the same random numbers. The first probe runs the closure more often, to
+                check it and to choose an evaluator. A higher value is better with ``maximize=True``.
 
         Raises:
             TypeError: if ``closure`` is not callable.
-            ClosureError: if it, or that given to :meth:`loss`, does not return the same scalar loss each time,
-                calls backward or the optimizer, or changes a tensor that it holds; or if no closure has come when
-                calibration ends.
+            ClosureError: if a closure, given here or to `loss`, does not return the same scalar loss each time.
+                Also if it calls backward or the optimizer, or changes a tensor that it holds; or if no closure has
+                come when calibration ends.
             EvaluatorError: if the evaluator asked for cannot serve the model.
             ValueError: if model and optimizer no longer hold the same parameters.
             RuntimeError: if the parameters move, and no step of the optimizer is seen, or if another AutoLR was
@@ -373,27 +375,28 @@ class AutoLR(LRScheduler):
         self._apply()
 
     def watch(self, loss: float | Tensor) -> None:
-        """See the loss on examples held back: once it has stopped falling, annealing begins.
+        """See the loss on examples held back: annealing begins once that loss has stopped falling.
 
-        The loss has stopped falling if the training loss is clearly below its lowest, and there was no new low for
-        a fifth of the steps done; or for two thirds of them. Then the learning rate falls in a straight line to
-        zero, in half as many steps as were trained until then, or by ``anneal`` where that is lower. Probes end. A
-        log line of ``"autolr_fast"`` says so. It is for examples with wrong labels, trainings that are too long,
-        and trainings of no known length. Call it after :meth:`step`, as often as you evaluate: every hundredth of
-        the training, say.
+        Call ``watch`` after `step`, as often as you evaluate: every hundredth of the training, say. It serves
+        examples with wrong labels, trainings that are too long, and trainings of no known length.
+
+        The loss has stopped falling if a fifth of the steps brought no new low, and the training loss is clearly
+        below the lowest. It has also stopped if two thirds of the steps brought none. The learning rate then falls
+        in a straight line to zero, in half as many steps as were trained. ``anneal`` decides where that is lower.
+        Probes end. A log line of ``"autolr_fast"`` says so.
 
         Args:
             loss: the mean of the training's loss function over the same examples each time, in eval mode and
-                without gradients; with ``maximize=True`` the higher the better. A tensor is read back from its
-                device, which waits for it. It is averaged over the ranks, so each calls it. One that is not finite
-                says nothing; of several without a step in between, the first counts.
+                without gradients. The higher the better with ``maximize=True``. A tensor is read back from its
+                device, which waits for it. The loss is averaged over the ranks, so each calls ``watch``. A loss
+                that is not finite says nothing. The first of several without a step in between counts.
 
         Raises:
             TypeError: if ``loss`` is no number and no tensor of real numbers.
-            ValueError: if it has more than one element.
+            ValueError: if ``loss`` has more than one element.
             RuntimeError: if no optimizer step was made yet.
 
-        Example:
+        Examples:
             >>> model = nn.Linear(4, 1)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> scheduler = AutoLR(optimizer, model)
@@ -457,7 +460,7 @@ class AutoLR(LRScheduler):
         )
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the learning rate of each param group; the same as :meth:`get_last_lr`."""
+        """Return the learning rate of each param group; the same as ``get_last_lr``."""
         return self._level.rates()
 
     @property
@@ -467,12 +470,12 @@ class AutoLR(LRScheduler):
 
     @property
     def last_probe(self) -> Probe | None:
-        """What the last probe saw; ``None`` before the first."""
+        """The last `Probe`; ``None`` before the first."""
         return self._history[-1] if self._history else None
 
     @property
     def history(self) -> Sequence[Probe]:
-        """What the probes saw, the first one first: at most 2,000, evenly over a longer run.
+        """The probes of the run, the first one first: at most 2,000, evenly over a longer run.
 
         Those that took steps again are all there.
         """
@@ -480,14 +483,14 @@ class AutoLR(LRScheduler):
 
     @property
     def evaluator(self) -> Evaluator:
-        """What evaluates the candidates; its ``name`` is the one that runs."""
+        """The evaluator of the candidates; its ``name`` is that of the one that runs."""
         return self._prober.evaluator
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: plain values, and the snapshot of a window that is open.
 
-        It loads with ``torch.load(weights_only=True)``. With the states of model, optimizer and random numbers, a
-        resumed run is bit for bit the one that was not interrupted.
+        The state loads with ``torch.load(weights_only=True)``. A run resumed with the states of model, optimizer
+        and random numbers is bit for bit the one that was not interrupted.
         """
         return {
             **HEADER,
@@ -511,10 +514,10 @@ class AutoLR(LRScheduler):
     def share_losses(self) -> None:
         """Have each rank hold the mean over ranks of the losses since the last probe.
 
-        Then the state of one rank serves all. Call it on every rank before one saves :meth:`state_dict` for all.
-        Alone, it does nothing.
+        Call ``share_losses`` on every rank before one saves `state_dict` for all. The state of one rank serves all
+        then. The call does nothing on one rank alone.
 
-        Example:
+        Examples:
             >>> model = nn.Linear(4, 1)
             >>> scheduler = AutoLR(torch.optim.SGD(model.parameters(), lr=0.1), model)
             >>> scheduler.share_losses()
@@ -525,7 +528,7 @@ class AutoLR(LRScheduler):
             self._losses.share(self._prober.process_group, device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, and set the learning rates to it.
+        """Load a state that `state_dict` returned, and set the learning rates to it.
 
         Args:
             state_dict: of a scheduler with the same arguments and as many param groups.

@@ -596,7 +596,7 @@ class Training:
         return True
 
     def _window(self):
-        """Return the window of the probe that is due now, as the README has it."""
+        """Return the window of the probe that is due now, as the docs have it."""
         given, step = self.spec.arguments, self.steps
         every, total = (given[key] for key in ("probe_every_steps", "total_steps"))
         windows = self.spec.rule.window_steps if self.spec.rule else 1

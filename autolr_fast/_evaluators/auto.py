@@ -26,23 +26,35 @@ __all__ = ["Auto"]
 
 
 class Auto(Evaluator):
-    """The evaluator that suits the model; measured at the first call if there are many candidates.
+    """Chooses the evaluator that suits the model.
 
-    Up to three candidates gain nothing by batching that would make up for a trial. They are evaluated by
-    :class:`InPlace` if a copy of the parameters costs little, or the model is compiled, else by :class:`Streamed`.
+    Leave ``evaluator="auto"`` as it is, unless a run must be the same bit for bit. ``repr(scheduler)`` shows the
+    measurements.
 
-    More candidates are evaluated by each of :class:`Streamed`, :class:`InPlace` and :class:`Stacked` at the first
-    call, in the order of the memory they need; a later one must be 5 % faster. Batching is not tried if the
-    candidates take longer than a second one after another.
+    - **Up to three candidates** are evaluated by `InPlace` if a copy of the parameters costs little, or the model
+      is compiled. Others are evaluated by `Streamed`. Batching gains nothing that would make up for a trial.
+    - **More candidates** are evaluated by `Streamed`, `InPlace` and `Stacked` at the first call. That is the order
+      of the memory they need, and a later one must be 5 % faster. Batching is not tried if the candidates take
+      longer than a second one after another.
+    - **One GPU:** three candidates or more of few parameters are tried by `Graphed` too, unless the model is
+      compiled. A graph must be 5 % faster than the choice so far. It then serves as many candidates and more; fewer
+      gain less than its capture, once a probe, costs. The trial costs about twenty forwards, of which each probe of
+      three candidates wins back one or two. The choice stays where a closure cannot be captured, and ``repr`` says
+      why.
+    - **Deterministic algorithms:** nothing is measured, since a batched forward rounds differently. The choice is
+      `Streamed`, or `InPlace` where that cannot serve.
+    - **Several ranks** must all do the same whatever their batches. The choice is `InPlace`.
 
-    On one GPU, three candidates or more of few parameters are tried by :class:`Graphed` too, unless the model is
-    compiled. A graph must be 5 % faster than the choice so far. It then has as many candidates and more; fewer gain
-    less than its capture, once a probe, costs. The trial costs about twenty forwards, of which each probe of three
-    candidates wins back one or two. Where a closure cannot be captured, the choice stays, and ``repr`` says why.
-
-    Nothing is measured under :func:`torch.use_deterministic_algorithms`, since a batched forward rounds
-    differently: it is :class:`Streamed` there. Where that cannot serve, and on several ranks, which must all do the
-    same whatever their batches, it is :class:`InPlace`.
+    Examples:
+        >>> from autolr_fast import AutoLR
+        >>> model = nn.Linear(4, 1)
+        >>> scheduler = AutoLR(torch.optim.SGD(model.parameters(), lr=0.1), model, evaluator=Auto())
+        >>> loss = scheduler.loss(lambda: model(torch.ones(8, 4)).square().mean())
+        >>> loss.backward()
+        >>> scheduler.optimizer.step()
+        >>> scheduler.step()
+        >>> scheduler.last_probe.evaluator
+        'inplace'
     """
 
     name = "auto"

@@ -15,12 +15,19 @@ __all__ = ["Evaluator", "EvaluatorError"]
 
 
 class EvaluatorError(RuntimeError):
-    """The evaluator cannot serve this model.
+    """Says that an evaluator cannot serve a model.
+
+    Choose another evaluator by the names in the message. An evaluator asked for by name never falls back.
 
     Args:
-        evaluator: its name.
-        model: what it cannot serve.
-        reason: why, also kept as an attribute.
+        evaluator: the name of the evaluator.
+        model: the model that the evaluator cannot serve.
+        reason: the cause, also kept as an attribute.
+
+    Examples:
+        >>> error = EvaluatorError("graphed", nn.Linear(4, 1), "its parameters are on cpu, not on one CUDA GPU")
+        >>> error.reason
+        'its parameters are on cpu, not on one CUDA GPU'
     """
 
     def __init__(self, evaluator: str, model: nn.Module, reason: str):
@@ -32,13 +39,18 @@ class EvaluatorError(RuntimeError):
 
 
 class Evaluator(ABC):
-    """Evaluates one closure at every candidate of a line and leaves no trace.
+    """Evaluates one closure at every candidate of a line, and leaves no trace.
 
-    Parameters, gradients, buffers and random-number streams are bit for bit what they were when :meth:`losses`
-    returns or raises.
+    Give one to ``AutoLR(evaluator=...)``. Parameters, gradients, buffers and random-number streams are bit for bit
+    the same when `losses` returns or raises.
 
     Attributes:
-        name: of the evaluator that runs, as ``AutoLR(evaluator=...)`` takes it.
+        name: the name of the evaluator that runs, as ``AutoLR(evaluator=...)`` takes it.
+
+    Examples:
+        >>> from autolr_fast import InPlace, Streamed
+        >>> [evaluator.name for evaluator in (InPlace(), Streamed())]
+        ['inplace', 'streamed']
     """
 
     name: str
@@ -51,8 +63,8 @@ class Evaluator(ABC):
         """Return the loss of each candidate.
 
         Args:
-            model: the module the closure calls.
-            line: where the candidates lie; its parameters are the model's.
+            model: the module that the closure calls.
+            line: the line of the candidates; its parameters are the model's.
             factors: N factors, one a candidate.
             closure: returns the scalar loss.
 
@@ -64,7 +76,7 @@ class Evaluator(ABC):
         """
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs to evaluate with the same bits: plain values, none by default."""
+        """Return the plain values that a resumed run needs to evaluate with the same bits; none by default."""
         return {}
 
     def check(self, state: dict[str, Any]) -> None:

@@ -26,16 +26,23 @@ __all__ = ["Graphed", "check_without_waits", "is_on_one_gpu"]
 class Graphed(Evaluator):
     """Captures the closure's kernels in a CUDA graph, once a probe, and replays them at each candidate.
 
-    For models that cannot be batched and that Python cannot keep a GPU busy with: it runs the closure once, not N
-    times. A graph is not kept for the next probe, whose closure reads another batch at other addresses. Extra
-    memory: one copy of the parameters, and the activations of a forward in a pool that is kept.
+    Choose ``evaluator="graphed"`` on one GPU, for models that cannot be batched and that Python cannot keep the GPU
+    busy with. Python runs the closure once, not N times. The extra memory is one copy of the parameters, and the
+    activations of a forward in a pool that is kept. A graph is not kept for the next probe, whose closure reads
+    another batch at other addresses.
 
-    The first probe of a model runs the closure once more before, since what is initialised at first use cannot be
-    captured, and compares its loss with a replay's. Compiled modules run as the Python they were made from.
+    The first probe of a model runs the closure once more before, since a first use cannot be captured. That probe
+    compares the loss with a replay's. Compiled modules run as the Python they were made from.
 
     A capture that fails half-way leaves stream, generator and allocator as they were. (A torch without
     pytorch/pytorch#190348 keeps the memory of the pool reserved.) Other threads go on meanwhile, as a loader's that
     pins memory.
+
+    Examples:
+        >>> from autolr_fast import AutoLR
+        >>> model = nn.Linear(4, 1)
+        >>> AutoLR(torch.optim.SGD(model.parameters(), lr=0.1), model, evaluator=Graphed()).evaluator.name
+        'graphed'
     """
 
     name = "graphed"

@@ -20,8 +20,15 @@ __all__ = ["InPlace", "rewritten"]
 class InPlace(Evaluator):
     """Writes each candidate into the live parameters, runs the closure, and puts the parameters back.
 
-    Works with any model, since nothing but values changes: addresses stay what compiled or captured graphs
-    know. Extra memory: one copy of the parameters. Time: N forwards.
+    Choose ``evaluator="inplace"`` for any model: compiled, DDP or FSDP2. Addresses stay those that compiled or
+    captured graphs know, since only values change. The extra memory is one copy of the parameters. The time is N
+    forwards.
+
+    Examples:
+        >>> from autolr_fast import AutoLR
+        >>> model = nn.Linear(4, 1)
+        >>> AutoLR(torch.optim.SGD(model.parameters(), lr=0.1), model, evaluator=InPlace()).evaluator.name
+        'inplace'
     """
 
     name = "inplace"

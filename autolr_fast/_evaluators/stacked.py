@@ -28,20 +28,29 @@ __all__ = ["Stacked"]
 
 
 class Stacked(Evaluator):
-    """All candidates written by one kernel into a preallocated buffer, which one batched forward (``vmap``) reads.
+    """Writes all candidates into one buffer by one kernel, and reads them by one batched forward (``vmap``).
 
-    Extra memory: N copies of the parameters, kept from probe to probe (fewer if they do not fit ``max_memory``,
-    or if memory runs out), and the activations of as many forwards.
+    Choose ``evaluator="stacked"`` for many factors, or for models that wait for launches. The extra memory is N
+    copies of the parameters, kept from probe to probe, and the activations of as many forwards. The buffer holds
+    fewer copies if they do not fit ``max_memory``, or if memory runs out.
 
-    The first time a model is seen, or other parameters of it, its losses at two sets of weights nearby are
-    compared with those one after another, so that an operation that ``vmap`` treats differently is noticed.
+    The losses at two sets of weights nearby are compared with those one after another, the first time a model is
+    seen. The comparison notices an operation that ``vmap`` treats differently. It is repeated for other parameters
+    of a model.
 
     Args:
-        max_memory: bytes for the buffer; by default a quarter of what is free on the parameters' device when
-            the buffer is first made.
+        max_memory: bytes for the buffer; by default a quarter of the memory that is free on the parameters' device
+            when the buffer is first made.
 
     Raises:
         ValueError: if ``max_memory`` is not a positive whole number.
+
+    Examples:
+        >>> from autolr_fast import FACTORS_7, AutoLR, Rule
+        >>> model = nn.Linear(4, 1)
+        >>> options = {"rule": Rule(FACTORS_7), "evaluator": Stacked(max_memory=2**30)}
+        >>> AutoLR(torch.optim.SGD(model.parameters(), lr=0.1), model, **options).evaluator.name
+        'stacked'
     """
 
     name = "stacked"
@@ -54,7 +63,7 @@ class Stacked(Evaluator):
         self._changing: list[BufferPlace] = []  # buffers that the forward changes: each candidate has its own
 
     def losses(self, model: nn.Module, line: Line, factors: Sequence[float], closure: Closure) -> Tensor:
-        """Return the losses, [N]; see :meth:`Evaluator.losses`.
+        """Return the losses, [N]; see `Evaluator.losses`.
 
         Raises:
             EvaluatorError: if the model cannot be batched, or gives other losses then.

@@ -24,15 +24,24 @@ __all__ = ["Checked", "Streamed", "check_reach"]
 
 
 class Streamed(Evaluator):
-    """Runs the closure once a candidate, and makes each parameter of it at every use, in scratch memory.
+    """Runs the closure once a candidate, and makes each parameter at every use, in scratch memory.
 
-    The losses are bit for bit those of :class:`InPlace`, but for layers with a fused path that torch takes outside
-    of torch-function modes alone (attention in eval mode, and on a GPU: to rounding). The live parameters are not
-    written to.
-    Extra memory: the largest operands of one operation. Time: N forwards. The first time a model is seen, or other
-    parameters of it, three more forwards, one of them in place, check that it uses its parameters only through
-    torch functions, and in none that changes them.
-    Modules and functions compiled by ``torch.compile`` run as the Python they were made from.
+    Choose ``evaluator="streamed"`` for large models whose parameters go through torch functions. The live
+    parameters are not written to. The extra memory is the largest operands of one operation. The time is N
+    forwards.
+
+    The losses are bit for bit those of `InPlace`. They agree to rounding for layers with a fused path that torch
+    takes outside of torch-function modes alone. Such is attention in eval mode, and on a GPU.
+
+    Three more forwards check the model the first time it is seen, or other parameters of it. One of the three is in
+    place. The check sees that the model uses its parameters only through torch functions, and in none that changes
+    them. Modules and functions compiled by ``torch.compile`` run as the Python they were made from.
+
+    Examples:
+        >>> from autolr_fast import AutoLR
+        >>> model = nn.Linear(4, 1)
+        >>> AutoLR(torch.optim.SGD(model.parameters(), lr=0.1), model, evaluator=Streamed()).evaluator.name
+        'streamed'
     """
 
     name = "streamed"

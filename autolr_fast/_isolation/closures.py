@@ -29,7 +29,20 @@ _WITHOUT_GRADIENTS = ("not require grad", "doesn't require grad", "has requires_
 
 
 class ClosureError(TypeError):
-    """The closure is not one: it returns no scalar loss, no two alike, or calls backward or the optimizer."""
+    """Says that a closure returns no scalar loss, no two alike, or calls backward or the optimizer.
+
+    Return the whole scalar loss of one batch from the closure, and call ``backward`` outside.
+
+    Examples:
+        >>> from autolr_fast import AutoLR
+        >>> model = torch.nn.Linear(4, 1)
+        >>> scheduler = AutoLR(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        >>> try:
+        ...     scheduler.loss(lambda: model(torch.ones(8, 4)))  # eight losses, and not one
+        ... except ClosureError as error:
+        ...     print("not a scalar loss")
+        not a scalar loss
+    """
 
 
 class NeedsGradientsError(ClosureError):

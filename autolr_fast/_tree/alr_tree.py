@@ -29,52 +29,53 @@ __all__ = ["ALRTree"]
 class ALRTree:
     """Finds learning rates while it trains: N variants of each, an epoch long, of which the best M go on.
 
-    The ALR technique (adaptive learning-rate tree; Takase, Oyama & Kurihara, the background of Kim & Yu's slides).
-    An epoch:
+    Call `fit`, then `best_model`. The technique is the adaptive learning-rate tree (ALR) of Takase, Oyama &
+    Kurihara, the background of Kim & Yu's slides. An epoch has four parts:
 
     1. Each of the M beams, a model with its learning rate, becomes N branches: the same model, and the learning
-       rate times each factor. (At first every given learning rate is a beam, with the model's parameters.)
-    2. Every branch trains on all batches, the same ones in the same order, with the same dropout masks (of torch's
-       random numbers; what a forward draws elsewhere is its own).
-    3. The branches are sorted by the mean of their training losses, as they were before each step; batches weigh by
-       their size. Equal losses go by the order of beams and factors. One that is not finite is dropped.
+       rate times each factor. Every given learning rate is a beam at first, with the model's parameters.
+    2. Every branch trains on all batches, the same ones in the same order, with the same dropout masks. The masks
+       are of torch's random numbers; numbers that a forward draws elsewhere are its own.
+    3. The branches are sorted by the mean of their training losses, as they were before each step. Batches weigh by
+       their size. Equal losses go by the order of beams and factors. A branch whose loss is not finite is dropped.
     4. The M lowest are the next beams, with their parameters, buffers and optimizer state. The model takes over the
        parameters and buffers of the lowest.
 
     All branches are one stacked model, trained by one batched pass and one stacked optimizer step where that is
-    faster. Where ``torch.distributed`` is initialised, every rank trains its share of them; all ranks must be given
-    the same arguments and the same batches.
+    faster. Every rank trains its share of the branches where ``torch.distributed`` is initialised. All ranks must
+    be given the same arguments and the same batches then.
 
     Args:
-        model: holds the best branch's parameters between epochs; what else is written to it then is lost. Those
-            that require a gradient are trained, in the modes (train, eval) that its modules have now. What a
-            forward remembers must be a buffer: other attributes are put back to what they were at the beginning of
-            the epoch. Not a ``DistributedDataParallel``.
+        model: holds the best branch's parameters between epochs; values that are written to it then are lost.
+            Parameters that require a gradient are trained, in the modes (train, eval) that the modules have now.
+            Values that a forward remembers must be buffers: other attributes are put back to those of the beginning
+            of the epoch. A ``DistributedDataParallel`` is refused.
         loss_fn: mean loss ``loss_fn(model(x), y)`` of a batch, a scalar tensor.
         lr: learning rate to start from, or several.
         beams: M.
         factors: N multiples of a beam's learning rate, some above 1 and some below, such as ``FACTORS_5``.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
-        optimizer_options: those of torch, by name: ``weight_decay``, 0 if it is not given; of ``"sgd"`` also
-            ``momentum``, ``dampening`` and ``nesterov``, of the others ``betas`` and ``eps``.
-        method: ``"batched"``: as many branches in one pass as memory allows. ``"sequential"``: one after another.
-            ``"auto"``: the faster one, measured at the first batch and whenever the number of branches changes
-            (batched without measuring under :func:`torch.use_deterministic_algorithms`), or sequential with a
-            warning if the model cannot be batched.
-        max_memory: bytes for the gradients of one pass; by default a quarter of what is free at the first batch.
-        generator: the one that shuffles the batches, if it is not torch's default. Its state is saved, and without
-            it an epoch that was interrupted goes on with other batches.
+        optimizer_options: those of torch, by name: ``weight_decay``, 0 if it is not given. ``"sgd"`` also has
+            ``momentum``, ``dampening`` and ``nesterov``; the others have ``betas`` and ``eps``.
+        method: ``"batched"`` trains as many branches in one pass as memory allows. ``"sequential"`` trains one
+            after another. ``"auto"`` takes the faster one, measured at the first batch and whenever the number of
+            branches changes. ``"auto"`` is batched without measuring under `torch.use_deterministic_algorithms`. It
+            is sequential with a warning if the model cannot be batched.
+        max_memory: bytes for the gradients of one pass; by default a quarter of the memory that is free at the
+            first batch.
+        generator: the one that shuffles the batches, if it is not torch's default. Its state is saved. An epoch
+            that was interrupted goes on with other batches without it.
         process_group: the ranks that share the branches; ``None`` is the default group.
 
     Attributes:
         model: as given.
-        history: an :class:`Epoch` for each one that has ended.
+        history: an ``Epoch`` for each one that has ended.
 
     Raises:
         TypeError: if model, loss function or generator are none.
         ValueError: if an argument is out of its range; names it.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(1, 1, bias=False)
         >>> _ = nn.init.zeros_(model.weight)
         >>> batches = [(torch.ones(1, 1), torch.ones(1, 1))] * 4
@@ -141,7 +142,7 @@ class ALRTree:
         epochs: int,
         callback: Callable[[Epoch], object] = lambda epoch: None,
     ) -> None:
-        """Train until so many epochs have ended in all, those before :meth:`load_state_dict` included.
+        """Train until so many epochs have ended in all, those before `load_state_dict` included.
 
         Args:
             loader: gives the batches ``(x, y)`` of an epoch each time it is iterated over.
@@ -151,7 +152,7 @@ class ALRTree:
         Raises:
             TypeError: if ``epochs`` is not a whole number, or ``callback`` is not callable.
             ValueError: if ``epochs`` is below 0.
-            RuntimeError: if no branch of an epoch has a finite loss; see :meth:`end_epoch`.
+            RuntimeError: if no branch of an epoch has a finite loss; see `end_epoch`.
         """
         check_count("epochs", epochs, 0, "epochs that there shall be in all")
         if not callable(callback):
@@ -163,16 +164,16 @@ class ALRTree:
         """Train one epoch, or the rest of one that has begun, and prune the branches.
 
         Args:
-            loader: gives the batches ``(x, y)``; x is what the model takes: one object, a tuple or list of
-                arguments, or a dict of keyword arguments. Of an epoch that has begun, those that were seen are
-                passed over, drawn anew with the random numbers that they were drawn with.
+            loader: gives the batches ``(x, y)``. x is one object, a tuple or list of arguments, or a dict of
+                keyword arguments of the model. Batches that an epoch has seen are passed over. They are drawn anew
+                with the random numbers that they were drawn with.
 
         Returns:
-            What the branches did.
+            The record of the epoch: its branches, and those that go on.
 
         Raises:
             ValueError: if the loader gives no batches, or something else.
-            RuntimeError: as :meth:`end_epoch` does; if the epoch was begun by :meth:`step`.
+            RuntimeError: as `end_epoch` does; if the epoch was begun by `step`.
         """
         epoch = self._epoch or self._begin_epoch()
         for batch in epoch.remaining(loader, self._random):
@@ -184,10 +185,10 @@ class ALRTree:
         return self.end_epoch()
 
     def step(self, x: Any, y: Any) -> Tensor:
-        """Train every branch on one batch; :meth:`fit_epoch` does it for all.
+        """Train every branch on one batch; `fit_epoch` does it for all.
 
         Args:
-            x: what the model takes, as in :meth:`fit_epoch`.
+            x: the input of the model, as in `fit_epoch`.
             y: the target.
 
         Returns:
@@ -203,12 +204,12 @@ class ALRTree:
         return epoch.end_batch(batch_size(x, y), self._random.state())
 
     def end_epoch(self) -> Epoch:
-        """Prune the branches; :meth:`fit_epoch` does it after the last batch.
+        """Prune the branches; `fit_epoch` does it after the last batch.
 
         Raises:
-            RuntimeError: if no branch has a finite loss. The model is then the best one of the epoch before, and
-                the tree has it as its only beam, with a fresh optimizer. If no batch was seen. If another rank is
-                gone; names it.
+            RuntimeError: if no branch has a finite loss. The model is then the best one of the epoch before. The
+                tree has that model as its only beam, with a fresh optimizer. Also if no batch was seen, or if
+                another rank is gone; names the rank.
         """
         epoch, stack = self._epoch, self._stack
         if epoch is None or stack is None or not epoch.batches:
@@ -259,10 +260,10 @@ class ALRTree:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, into the model and torch's random-number state too.
+        """Load a state that `state_dict` returned, into the model and torch's random-number state too.
 
-        A search resumed from it is bit for bit the one that was not interrupted, if the loader depends on nothing
-        but torch's random numbers and the ``generator``.
+        A search resumed from the state is bit for bit the one that was not interrupted. The loader may depend on
+        nothing but torch's random numbers and the ``generator`` for that.
 
         Args:
             state_dict: of a tree of the same model and arguments, on as many ranks; between two epochs, on any.

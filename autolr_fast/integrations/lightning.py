@@ -22,24 +22,25 @@ __all__ = ["AutoLRCallback"]
 
 
 class AutoLRCallback(Callback):  # type: ignore[misc]
-    """Finds the learning rate of a :class:`lightning.pytorch.LightningModule` while ``Trainer.fit`` trains it.
+    """Finds the learning rate of a ``LightningModule`` while ``Trainer.fit`` trains it.
 
-    ``configure_optimizers`` returns the optimizer alone. An :class:`~autolr_fast.AutoLR` becomes the trainer's one
-    scheduler, so ``LearningRateMonitor`` and checkpoints have it. AutoLR sees the loss of each ``training_step``. A
-    probe calls ``training_step`` again on its batch, and logs nothing.
+    Give one to ``Trainer(callbacks=[AutoLRCallback()])``, and return the optimizer alone from
+    ``configure_optimizers``. An `AutoLR` becomes the trainer's one scheduler, so ``LearningRateMonitor`` and
+    checkpoints have it. AutoLR sees the loss of each ``training_step``. A probe calls ``training_step`` again on
+    its batch, and logs nothing.
 
     Args:
-        **options: the keyword arguments of :class:`~autolr_fast.AutoLR`. ``total_steps`` is
-            ``trainer.estimated_stepping_batches`` if it is not among them.
+        **options: the keyword arguments of `AutoLR`. ``total_steps`` is ``trainer.estimated_stepping_batches`` if
+            it is not among them.
 
     Attributes:
-        scheduler: of the last fit in this process; ``None`` before.
+        scheduler: the `AutoLR` of the last fit in this process; ``None`` before.
 
     Raises:
         TypeError: if an option is none of AutoLR's.
         ValueError: as a fit begins, if AutoLR cannot serve the module or the trainer.
 
-    Example:
+    Examples:
         >>> callback = AutoLRCallback(probe_every_steps=20)
         >>> trainer = pl.Trainer(max_epochs=10, callbacks=[callback], logger=False)
         >>> callback.scheduler is None  # until trainer.fit(module)

@@ -20,18 +20,18 @@ __all__ = ["AutoLRMixin", "attach"]
 def attach(trainer: Any, **options: Any) -> None:
     """Have a Trainer find its learning rate by AutoLR.
 
-    The trainer becomes an :class:`AutoLRMixin` of its own class. Call it before ``trainer.train()``.
+    Call ``attach`` once, before ``trainer.train()``. The trainer becomes an `AutoLRMixin` of its own class.
 
     Args:
         trainer: a ``transformers.Trainer``, or one of a class made from it, such as ``Seq2SeqTrainer`` or TRL's
             ``SFTTrainer``.
-        **options: of :class:`~autolr_fast.AutoLR`, all but ``total_steps``, which the trainer knows.
+        **options: of `AutoLR`, all but ``total_steps``, which the trainer knows.
 
     Raises:
         TypeError: if ``trainer`` is none, or of transformers before 5.19, or AutoLR has no such option.
         ValueError: if the trainer has a scheduler, or trains in a way that AutoLR cannot look into.
 
-    Example:
+    Examples:
         >>> from transformers import Trainer, TrainingArguments  # doctest: +SKIP
         >>> trainer = Trainer(model, TrainingArguments("out"), train_dataset=train_set)  # doctest: +SKIP
         >>> attach(trainer, max_heat=0.2)  # doctest: +SKIP
@@ -53,17 +53,19 @@ def attach(trainer: Any, **options: Any) -> None:
 
 
 class AutoLRMixin:
-    """Before a Trainer among the bases of a class, lets it find its learning rate by AutoLR.
+    """Lets a Trainer class find its learning rate by AutoLR.
 
-    ``trainer.lr_scheduler`` is the :class:`~autolr_fast.AutoLR`. Its rates are logged as ``learning_rate``, its
-    level as ``autolr/level``, and its state is in the ``scheduler.pt`` of each checkpoint. The loss of each
-    micro-batch goes through it. A probe computes that loss again, and leaves the trainer as it was: attributes,
-    ``state``, ``control``, and the containers in them. A probe logs nothing.
+    Put the mixin before a Trainer among the bases of a class. ``trainer.lr_scheduler`` is the `AutoLR`. Its rates
+    are logged as ``learning_rate``, its level as ``autolr/level``, and its state is in the ``scheduler.pt`` of each
+    checkpoint.
+
+    The loss of each micro-batch goes through AutoLR. A probe computes that loss again, and leaves the trainer as it
+    was: attributes, ``state``, ``control``, and the containers in them. A probe logs nothing.
 
     Attributes:
-        autolr_options: of :class:`~autolr_fast.AutoLR`, all but ``total_steps``.
+        autolr_options: of `AutoLR`, all but ``total_steps``.
 
-    Example:
+    Examples:
         >>> from transformers import Trainer  # doctest: +SKIP
         >>> class MyTrainer(AutoLRMixin, Trainer):  # doctest: +SKIP
         ...     autolr_options = {"max_heat": 0.2}

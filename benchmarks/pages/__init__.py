@@ -1,0 +1,1 @@
+"""What the pages of ``docs/`` show: tables of the results, and pictures of the results and of runs."""
