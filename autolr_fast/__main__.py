@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__
 from ._ops import info
+from ._version import __version__
 from .demo import schedules, tree
 
 __all__ = ["main"]
