@@ -51,7 +51,7 @@ def plot(
         ValueError: if there are no probes, or none with such an index or of such a group, if the steps of a history
             do not ascend, or if the rate of the group is 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from autolr_fast import AutoLR
         >>> model = torch.nn.Linear(4, 1)
@@ -134,7 +134,7 @@ def plot_runs(curves: Sequence[Curve], *, title: str, loss: str = "validation lo
     Raises:
         ValueError: if there are no curves, or a curve has not as many learning rates or losses as steps.
 
-    Example:
+    Examples:
         >>> curve = Curve("AutoLR", steps=[0, 1], lrs=[1e-3, 2e-3], losses=[1.0, 0.5])
         >>> [axes.get_ylabel() for axes in plot_runs([curve], title="two steps").axes]
         ['learning rate', 'validation loss']
@@ -189,7 +189,7 @@ def plot_tree(history: Sequence[Epoch], *, title: str, footer: str = "") -> Figu
     Raises:
         ValueError: if there are no epochs.
 
-    Example:
+    Examples:
         >>> from autolr_fast._tree import Branch, Epoch
         >>> epoch = Epoch(1, (Branch(0, 0.2, 0.5), Branch(0, 0.05, 0.9)), survivors=(0,))
         >>> [axes.get_ylabel() for axes in plot_tree([epoch], title="one epoch").axes]

@@ -57,7 +57,7 @@ class Probe:
         Losses that are not finite stay so, which strict JSON has no word for. Tensors on an accelerator are read
         back. ``python -m autolr_fast plot`` draws a file of JSON lines, each of them a plain probe.
 
-        Example:
+        Examples:
             >>> import json
             >>> losses, weights = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0])
             >>> rates = {"lr_before": [0.1], "lr_after": [0.2], "level_after": [0.2]}
@@ -70,7 +70,7 @@ class Probe:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Probe:
-        """Return the probe that :meth:`to_dict` made plain.
+        """Return the probe that `to_dict` made plain.
 
         Raises:
             TypeError: if it is no dict, a key is missing or not known, or a value is of another type.
