@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args = parser.parse_args(argv)
     if missing := [package for package in args.packages if find_spec(package) is None]:
-        args.parser.error(f"{' and '.join(missing)} cannot be imported: pip install 'autolr_fast[{args.extra}]'")
+        args.parser.error(f"{', '.join(missing)} cannot be imported: pip install 'autolr_fast[{args.extra}]'")
     try:
         args.run(args)
     except (OSError, ValueError) as error:
