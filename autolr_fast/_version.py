@@ -1,12 +1,10 @@
-"""The version of the package that is installed: that of the last tag, and of the commits since."""
+"""The version: that of the last tag, and of the commits since, when the package was last installed or built."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 __all__ = ["__version__"]
 
-try:
-    __version__ = version("autolr_fast")
-except PackageNotFoundError:  # a folder that Python was pointed at, without an installation
-    __version__ = "0+unknown"
+_FILE = Path(__file__).with_name("version.txt")  # setuptools-scm writes it
+__version__ = _FILE.read_text(encoding="utf-8").strip() if _FILE.exists() else "0+unknown"
