@@ -7,14 +7,15 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint format wheel bench clean
+.PHONY: help demo test lint format docs wheel bench clean
 
 help:
 	@echo "make demo     train a small network under every schedule, print a table, write two pictures"
 	@echo "make test     run all tests"
 	@echo "make lint     check format, lint and types"
 	@echo "make format   format and mend what can be mended"
-	@echo "make wheel    build dist/*.whl: the operators compiled for Python >= 3.10 and torch >= 2.11"
+	@echo "make docs     build the documentation into site/; a warning is an error"
+	@echo "make wheel    build dist/: the sdist, and a wheel with operators compiled for Python >= 3.10 and torch >= 2.11"
 	@echo "make bench    measure operators, probes, searches and memory, write benchmarks/results/; 20 minutes"
 	@echo "make clean    remove what these made"
 
@@ -33,8 +34,13 @@ format: $(VENV)/dev.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: $(VENV)/dev.installed
+docs: $(VENV)/docs.installed
+	$(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/wheel.installed
+	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 bench: $(VENV)/dev.installed
 	mkdir -p build
@@ -49,14 +55,14 @@ bench: $(VENV)/dev.installed
 	$(BIN)/python -m benchmarks.report build/tree.json tree
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info autolr_demo.png autolr_demo.md autolr_demo_run.png autolr_fast/*.so
+	rm -rf $(VENV) build dist site *.egg-info autolr_demo.png autolr_demo.md autolr_demo_run.png autolr_fast/*.so
 
-# The demo is fast enough without compiled operators, and starts sooner.
-$(VENV)/demo.installed: export AUTOLR_FAST_BUILD ?= none
+# What these install is fast enough without compiled operators, and there sooner. The wheel itself is compiled.
+$(VENV)/demo.installed $(VENV)/docs.installed $(VENV)/wheel.installed: export AUTOLR_FAST_BUILD ?= none
 
 # torch comes first: installing the package never chooses a build of it, and the operators compile against it.
 $(VENV)/%.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install "$(TORCH)" "setuptools>=77" ninja
+	$(PIP) install "$(TORCH)" "setuptools>=77" "setuptools-scm>=8" ninja
 	$(PIP) install --no-build-isolation --editable ".[$*]"
 	touch $@

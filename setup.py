@@ -1,6 +1,7 @@
 """Compiles the operators where it can; everything else is declared in pyproject.toml.
 
 torch must be importable, so that pip needs --no-build-isolation; without it the package is pure Python and works.
+pip then takes setuptools-scm from the environment too, which reads the version from git.
 The environment variable AUTOLR_FAST_BUILD says what is compiled: `auto` (default) is what there are compilers for,
 `none`, `cpp` or `cuda` (with cpp) is an error if it cannot be done. TORCH_CUDA_ARCH_LIST is respected.
 """
@@ -8,6 +9,7 @@ The environment variable AUTOLR_FAST_BUILD says what is compiled: `auto` (defaul
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,6 +22,9 @@ FLAGS = {
     "cxx": ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", *DEFINES],
     "nvcc": ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-DUSE_CUDA", *DEFINES],
 }
+
+if not find_spec("setuptools_scm"):  # setuptools would call the package 0.0.0, and say nothing
+    sys.exit("autolr_fast: setuptools-scm cannot be imported, and reads the version: pip install setuptools-scm")
 
 wanted = os.environ.get("AUTOLR_FAST_BUILD", "auto")
 if wanted not in SETTINGS:

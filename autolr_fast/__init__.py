@@ -1,10 +1,9 @@
 """Finds the learning rate while a PyTorch training runs."""
 
-__version__ = "0.1.0"
-
 from ._evaluators import Auto, Evaluator, EvaluatorError, Graphed, InPlace, Stacked, Streamed
 from ._isolation import ClosureError
 from ._tree import ALRTree
+from ._version import __version__
 from .probe import Probe
 from .rule import FACTORS_2, FACTORS_3, FACTORS_5, FACTORS_7, Rule
 from .scheduler import AutoLR

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from math import isfinite
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from .probe import Probe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ._tree import Branch, Epoch
-    from .probe import Probe
     from .scheduler import AutoLR
 
 __all__ = ["Curve", "plot", "plot_runs", "plot_tree"]
 
 
 def plot(
-    scheduler: AutoLR,
+    run: AutoLR | Sequence[Probe],
     *,
     group: int = 0,
     probe: int | None = None,
@@ -31,10 +33,13 @@ def plot(
     Bands show the calibration, and where no more probes come. A small panel shows the losses of one probe along its
     line, and the factor that was chosen. Learning rates below a hundredth of the lowest level leave the picture.
 
+    A history alone knows the learning rates just before and after its probes. Its picture joins these by straight
+    lines, ends at the last probe, and has no bands.
+
     Args:
-        scheduler: its run is drawn, as far as it has come.
+        run: the scheduler, whose run is drawn as far as it has come; or a history, such as one read from a file.
         group: index of the param group, of all optimizers together.
-        probe: index into ``scheduler.history`` of the probe in the small panel; by default the last.
+        probe: index into the history of the probe in the small panel; by default the last.
         title: over the picture.
         footer: small print under it.
 
@@ -42,7 +47,9 @@ def plot(
         A figure; ``figure.savefig(path)`` writes it.
 
     Raises:
-        ValueError: if there are no probes, or none with such an index or of such a group.
+        TypeError: if ``run`` is neither an AutoLR nor a sequence of probes.
+        ValueError: if there are no probes, or none with such an index or of such a group, if the steps of a history
+            do not ascend, or if the rate of the group is 0.
 
     Examples:
         >>> import torch
@@ -59,25 +66,32 @@ def plot(
         >>> figure = plot(scheduler, title="forty steps")
         >>> [text.get_text() for text in figure.axes[1].get_legend().get_texts()][:3]
         ['learning rate', 'level, before annealing', 'probe']
+        >>> [text.get_text() for text in plot(scheduler.history).axes[1].get_legend().get_texts()][:3]
+        ['learning rate', 'level, before annealing', 'probe']
     """
-    probes = _probes_of(scheduler, group)
-    shown = _chosen(scheduler, probe)
+    history = _history_of(run)
+    scheduler = None if isinstance(run, Sequence) else run
+    groups = len(scheduler.level) if scheduler else max(len(each.level_after) for each in history)
+    probes = _probes_of(history, group, groups)
+    shown = _chosen(history, probe)
     figure, axes, key, small = _panel_with_inset(title, footer)
 
-    trace = _trace(scheduler, probes, group)
-    first, last = trace.starts[0], scheduler.last_epoch
-    steps = sorted({first + round(n / 1000 * (last - first)) for n in range(1001)} | set(trace.starts))
-    rates = [_rate_at(scheduler, trace, step) for step in steps]
+    rates, levels = _trace(scheduler, probes, group) if scheduler else _known(history, probes, group)
     size = min(4.0, max(1.0, 40 / len(probes) ** 0.5))  # the more probes, the finer
     line = {"drawstyle": "steps-post", "linewidth": 0.5 + size / 3}  # a rate holds until the next step
-    axes.plot(steps, rates, label="learning rate", color=_HIGHLIGHT, zorder=3.0, **line)
-    levels = [*trace.levels, trace.levels[-1]]
-    axes.plot([*trace.starts, last], levels, label="level, before annealing", color=_COLORS[2], zorder=2.5, **line)
+    style = line if scheduler else {**line, "drawstyle": "default"}
+    axes.plot(*zip(*rates, strict=True), label="learning rate", color=_HIGHLIGHT, zorder=3.0, **style)
+    label = "level, before annealing"
+    axes.plot(*zip(*levels, strict=True), label=label, color=_COLORS[2], zorder=2.5, **line)
     _mark_probes(axes, probes, shown, group, size)
-    _shade_bands(axes, scheduler)
-    lowest, highest = max(min(rates), min(levels) / 100), max(*rates, *levels)
+    if scheduler:
+        _shade_bands(axes, scheduler)
+    lowest = max(min(rate for _, rate in rates), min(level for _, level in levels) / 100)
+    highest = max(value for _, value in (*rates, *levels))
+    if not lowest > 0:
+        raise ValueError(f"group={group} has a level of {lowest:g}, which no logarithmic axis shows: give another")
     margin = max(1.2, (highest / lowest) ** 0.06)
-    name = "learning rate" + f" of param group {group}" * (len(scheduler.base_lrs) > 1)
+    name = "learning rate" + f" of param group {group}" * (groups > 1)
     axes.set(xlabel="optimizer step", ylabel=name, yscale="log", ylim=(lowest / margin, highest * margin))
     axes.margins(x=0.01)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -212,59 +226,80 @@ def plot_tree(history: Sequence[Epoch], *, title: str, footer: str = "") -> Figu
     return figure
 
 
-class _Trace(NamedTuple):
-    """Level and learning rate of one param group, from each of S steps on."""
-
-    starts: Sequence[int]
-    levels: Sequence[float]
-    rates: Sequence[float]
-    base: float
+_Line: TypeAlias = list[tuple[int, float]]
+"""A value of one param group after each of some numbers of optimizer steps."""
 
 
-def _probes_of(scheduler: AutoLR, group: int) -> list[Probe]:
-    """Return the probes that moved a param group; there is one at least."""
-    groups = len(scheduler.level)
-    if not scheduler.history:
+def _history_of(run: AutoLR | Sequence[Probe]) -> Sequence[Probe]:
+    """Return the probes of a run; there is one at least, and a history is returned as it is."""
+    history = run if isinstance(run, Sequence) else getattr(run, "history", None)
+    if history is None or not all(isinstance(each, Probe) for each in history):
+        raise TypeError(
+            f"run={run!r:.60} is neither an AutoLR nor its history: give the scheduler, scheduler.history, or what "
+            "Probe.from_dict made of each plain probe"
+        )
+    if not history:
         raise ValueError(
-            "scheduler.history=[] is empty: train a step first, its loss by scheduler.loss(closure), and call "
+            "the history is empty: train a step first, its loss by scheduler.loss(closure), and call "
             "scheduler.step() after it"
         )
+    for before, after in pairwise(history):
+        if after.step <= before.step:
+            raise ValueError(
+                f"the history has a probe of step {after.step} after one of step {before.step}: give the probes of "
+                "one run, in the order of their steps"
+            )
+    return history
+
+
+def _probes_of(history: Sequence[Probe], group: int, groups: int) -> list[Probe]:
+    """Return the probes that moved a param group; there is one at least."""
     if not 0 <= group < groups:
         raise ValueError(f"group={group} is not the index of one of {groups} param groups: give 0 to {groups - 1}")
-    probes = [each for each in scheduler.history if group < len(each.level_after)]
+    probes = [each for each in history if group < len(each.level_after)]
     if not probes:
         raise ValueError(f"group={group} was added after the last probe: draw it when a probe has moved it")
     return probes
 
 
-def _chosen(scheduler: AutoLR, probe: int | None) -> Probe:
+def _chosen(history: Sequence[Probe], probe: int | None) -> Probe:
     """Return the probe of an index, or the last."""
-    many = len(scheduler.history)
+    many = len(history)
     index = many - 1 if probe is None else probe
     if not -many <= index < many:
-        raise ValueError(f"probe={probe} is not in scheduler.history, which has {many}: give {-many} to {many - 1}")
-    return scheduler.history[index]
+        raise ValueError(f"probe={probe} is not in the history, which has {many}: give {-many} to {many - 1}")
+    return history[index]
 
 
-def _trace(scheduler: AutoLR, probes: Sequence[Probe], group: int) -> _Trace:
-    """Return what became of a param group: from the start if it was there, else from the first probe of it."""
-    base = scheduler.base_lrs[group]
+def _known(history: Sequence[Probe], probes: Sequence[Probe], group: int) -> tuple[_Line, _Line]:
+    """Return rates and levels of a param group just before and after its probes."""
+    rates: _Line = []
+    for each in probes:
+        if each is not probes[0] or each is history[0]:  # before the first probe of a group, its rate means nothing
+            rates.append((max(0, each.step - 1), float(each.lr_before[group])))
+        rates.append((each.step, float(each.lr_after[group])))
+    return rates, [(each.step, float(each.level_after[group])) for each in probes]
+
+
+def _trace(scheduler: AutoLR, probes: Sequence[Probe], group: int) -> tuple[_Line, _Line]:
+    """Return rates and levels of a param group: from the start if it was there, else from the first probe of it."""
+    base, last, level = scheduler.base_lrs[group], scheduler.last_epoch, scheduler._level
     starts = [each.step for each in probes]
     levels = [float(each.level_after[group]) for each in probes]
-    rates = [float(each.lr_after[group]) for each in probes]
+    lrs = [float(each.lr_after[group]) for each in probes]
     if probes[0] is scheduler.history[0]:
-        return _Trace([0, *starts], [base, *levels], [base, *rates], base)
-    return _Trace(starts, levels, rates, base)
+        starts, levels, lrs = [0, *starts], [base, *levels], [base, *lrs]
+    lowest, highest = (base * limit for limit in level.limits)
 
+    def rate_at(step: int) -> float:
+        since = bisect_right(starts, step) - 1
+        if level.total_steps is None:  # between probes it stays
+            return lrs[since]
+        return min(max(levels[since] * level.multiplier(step), lowest), highest)
 
-def _rate_at(scheduler: AutoLR, trace: _Trace, step: int) -> float:
-    """Return the learning rate after an optimizer step."""
-    since = bisect_right(trace.starts, step) - 1
-    level = scheduler._level
-    if level.total_steps is None:  # between probes it stays
-        return trace.rates[since]
-    lowest, highest = level.limits
-    return min(max(trace.levels[since] * level.multiplier(step), trace.base * lowest), trace.base * highest)
+    first = starts[0]
+    steps = sorted({first + round(n / 1000 * (last - first)) for n in range(1001)} | set(starts))
+    return [(step, rate_at(step)) for step in steps], [*zip(starts, levels, strict=True), (last, levels[-1])]
 
 
 def _mark_probes(axes: Any, probes: Sequence[Probe], shown: Probe, group: int, size: float) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from operator import index
 from typing import Any
 
 import torch
@@ -70,15 +71,40 @@ class Probe:
         """Return the attributes as plain numbers, strings and lists, for a logger or a file.
 
         Losses that are not finite stay so, which strict JSON has no word for. Tensors on an accelerator are read
-        back.
+        back. ``python -m autolr_fast plot`` draws a file of JSON lines, each of them a plain probe.
+
+        Examples:
+            >>> import json
+            >>> losses, weights = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0])
+            >>> rates = {"lr_before": [0.1], "lr_after": [0.2], "level_after": [0.2]}
+            >>> probe = Probe(7, 1, (2.0, 0.5), losses, weights, torch.tensor(2.0), **rates, evaluator="inplace")
+            >>> line = json.dumps(probe.to_dict())
+            >>> Probe.from_dict(json.loads(line)).losses.tolist()
+            [2.0, 3.0]
         """
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Probe:
-        """Return the probe that :meth:`to_dict` made plain."""
-        tensors = {name: torch.tensor(plain[name], dtype=torch.float64) for name in ("losses", "weights", "factor")}
-        return cls(**{**plain, "factors": tuple(plain["factors"]), **tensors})
+        """Return the probe that `to_dict` made plain.
+
+        Raises:
+            TypeError: if it is no dict, a key is missing or not known, or a value is of another type.
+            ValueError: if lists that belong together differ in length.
+        """
+        if not isinstance(plain, Mapping):
+            raise TypeError(f"{plain!r:.40} of type {type(plain).__name__!r} is not a dict")
+        probe = cls(**plain)
+        index(probe.step)
+        names = ("losses", "weights", "factor")
+        losses, weights, factor = (torch.tensor(getattr(probe, name), dtype=torch.float64) for name in names)
+        groups = [list(map(float, rates)) for rates in (probe.lr_before, probe.lr_after, probe.level_after)]
+        count = len(list(map(float, probe.factors)))
+        if not count or [losses.shape, weights.shape, factor.shape] != [(count,), (count,), ()]:
+            raise ValueError("factors, losses and weights are not of one length, or factor is not one number")
+        if len({len(rates) for rates in groups}) > 1 or not groups[0]:
+            raise ValueError("lr_before, lr_after and level_after are not of one length")
+        return replace(probe, factors=tuple(probe.factors), losses=losses, weights=weights, factor=factor)
 
     def __repr__(self) -> str:
         lrs = ", ".join(
@@ -129,7 +155,7 @@ class History(list[Probe]):
         """
         try:
             return [Probe.from_dict(plain) for plain in state]
-        except (TypeError, KeyError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f"state_dict has a history that is not known here ({error}): load it by the version that saved it"
             ) from error

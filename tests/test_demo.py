@@ -1,10 +1,7 @@
-import sys
-
 import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from autolr_fast import __version__
 from autolr_fast.__main__ import main
 from autolr_fast.demo import schedules as demo
 
@@ -111,34 +108,3 @@ def test_baselines_by_hand():
             scheduler.step()
             lrs.append(scheduler.get_last_lr()[0])
         assert lrs == pytest.approx(expected[name], abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("argv", "says"),
-    [
-        ([], "COMMAND"),
-        (["demo", "--lr", "0"], "'0' cannot be used; give a positive float"),
-        (["demo", "--epochs", "1.5"], "'1.5' cannot be used; give a positive int"),
-        (["demo", "--optimizer", "adam"], "invalid choice: 'adam'"),
-    ],
-)
-def test_bad_arguments(argv, says, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    assert stopped.value.code == 2
-    assert says in capsys.readouterr().err
-
-
-def test_missing_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(SystemExit) as stopped:
-        main(["demo", "--epochs", "1"])
-    assert stopped.value.code == 2
-    assert "pip install 'autolr_fast[demo]'" in capsys.readouterr().err
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out.strip() == __version__

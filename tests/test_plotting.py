@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from autolr_fast import AutoLR
+from autolr_fast import AutoLR, Probe
 from autolr_fast._tree import Branch, Epoch
 from autolr_fast.plotting import Curve, plot, plot_runs, plot_tree
 
@@ -264,9 +264,36 @@ def test_what_cannot_be_drawn():
         ):
             plot(scheduler, group=group)
     for probe in (21, -22):
-        with pytest.raises(
-            ValueError, match=f"probe={probe} is not in scheduler.history, which has 21: give -21 to 20"
-        ):
+        with pytest.raises(ValueError, match=f"probe={probe} is not in the history, which has 21: give -21 to 20"):
             plot(scheduler, probe=probe)
-    with pytest.raises(ValueError, match=r"scheduler.history=\[\] is empty: train a step first"):
+    with pytest.raises(ValueError, match="the history is empty: train a step first"):
         plot(trained(0)[0])
+    for run in (None, [probe.to_dict() for probe in scheduler.history]):
+        with pytest.raises(TypeError, match="is neither an AutoLR nor its history: give the scheduler"):
+            plot(run)
+    with pytest.raises(ValueError, match="has a probe of step 1 after one of step 30: give the probes of one run"):
+        plot([*scheduler.history, *scheduler.history])
+    with pytest.raises(ValueError, match="group=1 has a level of 0, which no logarithmic axis shows"):
+        plot(trained(30, rates=(1e-3, 0.0))[0], group=1)
+
+
+@pytest.mark.parametrize("options", [{"total_steps": 60}, {}, {"total_steps": 60, "calibration_steps": 0}])
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_history_is_drawn_as_far_as_it_goes(options, group, tmp_path):
+    """As read from a file: its rates are those that the optimizer had, just before and after each probe."""
+    scheduler, had = trained(60, rates=(1e-3, 5e-3), **options)
+    history = [Probe.from_dict(probe.to_dict()) for probe in scheduler.history]
+    figure = plot(history, group=group)
+    axes = figure.axes[0]
+    lines = drawn(axes)
+    probed = [probe.step for probe in history]
+    known = [step for probe in probed for step in (probe - 1, probe)]
+    assert points(lines["learning rate"]) == [(step, pytest.approx(had[group][step], rel=1e-12)) for step in known]
+    assert lines["learning rate"].get_drawstyle() == "default"
+    levels = points(drawn(plot(scheduler, group=group).axes[0])["level, before annealing"])[1:-1]
+    assert points(lines["level, before annealing"]) == levels
+    assert points(lines["probe"]) == levels
+    assert not axes.patches
+    assert axes.get_ylabel() == f"learning rate of param group {group}"
+    assert figure.axes[2].get_title("right").startswith(f"probe at step {probed[-1]}")
+    figure.savefig(tmp_path / "run.png")

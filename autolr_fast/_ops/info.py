@@ -9,8 +9,8 @@ from importlib import metadata
 
 import torch
 
-from .. import __version__
 from .. import _ops as ops
+from .._version import __version__
 
 __all__ = ["main", "table"]
 
