@@ -204,8 +204,8 @@ class Level:
         return (
             f"the lr of {self._optimizers.group_name(index)} was {found:.6g} before optimizer.step(), and AutoLR "
             f"had set {wanted:.6g}: something else writes it, such as another scheduler, a warm-up in the loop, or "
-            "a state that the optimizer loaded alone. AutoLR puts its own back; remove the other, and load the state "
-            "of AutoLR after the optimizer's"
+            "a state that the optimizer loaded alone. AutoLR puts its own back; remove the other, and load "
+            "AutoLR's state after the optimizer's"
         )
 
     def _rate(self, base: float, annealed: Tensor | float) -> Tensor | float:
