@@ -165,10 +165,19 @@ def test_the_examples_of_transformers_run(tmp_path, monkeypatch):
     assert scope["trainer"].lr_scheduler.last_probe.step > 1
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_tables_are_those_of_the_results(page):
     """``python -m benchmarks.pages --tables`` fills them anew."""
     assert fill(text_of(page), TABLES) == text_of(page)
+
+
+def test_the_table_in_short_spans_that_of_all_tasks():
+    cell = r"([+-]\S+),.(?:[+-]\S+)(?:.\(\d\))?"  # over the best cosine, over all
+    rows = re.findall(rf"^\| text, \w+ \| {cell} \| {cell} \| {cell} \|$", text_of("docs/evidence.md"), re.M)
+    (short,) = re.findall(r"^\| text, from scratch \| (\S+) to (\S+) \|", text_of("README.md"), re.M)
+    gains = [float(gain) for row in rows for gain in row]
+    assert len(gains) == 9
+    assert [float(each) for each in short] == [min(gains), max(gains)]
 
 
 def test_figures_are_in_the_results():

@@ -19,11 +19,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.pages",
-        description="Fill the tables of docs/ from the results, and draw its pictures; one minute.",
+        description="Fill the tables of README and docs/ from the results, and draw their pictures; one minute.",
     )
     parser.add_argument("--tables", action="store_true", help="fill the tables alone")
     args = parser.parse_args(argv)
-    for path in sorted((ROOT / "docs").glob("*.md")):
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         if (filled := fill(text, TABLES)) != text:
             path.write_text(filled, encoding="utf-8")

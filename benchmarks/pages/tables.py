@@ -31,6 +31,15 @@ TASKS: Mapping[str, str] = {
     "speakers-adapters": "sentence encoder, adapters",
 }
 """What the tasks of the study are called in the docs."""
+_IN_SHORT = {
+    "text, from scratch": ("transformer", "lstm", "gru"),
+    "images, from scratch": ("digits", "images", "vit"),
+    "a loss with noise: diffusion, masking, VAE": ("diffusion", "masked", "vae"),
+    "a small regression": ("friedman",),
+    "fine-tuning": ("finetuned-images", "finetuned-text"),
+    "adapters, 80 steps": ("speakers-adapters",),
+    "a fifth of the labels wrong": ("noise",),
+}
 _GAMES = {
     "GAN": "GAN",
     "WGAN": "WGAN with gradient penalty",
@@ -71,20 +80,42 @@ def _tree_demo() -> str:
     return lines(table.heads, [*table.rows, ["test", "", "", "", best[1]]])
 
 
-def _study(cell: Callable[[Mapping[str, str]], str]) -> str:
-    """Return a line a task and a column an optimizer, of the main tables of the study."""
-    found: dict[tuple[str, str], str] = {}
+def _rows_of_study() -> Mapping[tuple[str, str], Mapping[str, str]]:
+    """Return the rows of the study's main tables, by task and optimizer."""
+    found: dict[tuple[str, str], Mapping[str, str]] = {}
     for table in read(f"{_RESULTS}/study/study.md"):
         if table.section in ("From scratch", "Noise in the loss", "Fine-tuning"):
             for row in table.rows:
                 task, optimizer = row[0].split(", ")
-                found[task, optimizer] = cell(dict(zip(table.heads, row, strict=True)))
+                found[task, optimizer] = dict(zip(table.heads, row, strict=True))
+    return found
+
+
+def _study(cell: Callable[[Mapping[str, str]], str]) -> str:
+    """Return a line a task and a column an optimizer."""
+    found = _rows_of_study()
     rows = [
-        [name, *(found.get((task, optimizer), "") for optimizer in _OPTIMIZERS)]
+        [name, *(cell(found[task, each]) if (task, each) in found else "" for each in _OPTIMIZERS)]
         for task, name in TASKS.items()
-        if any((task, optimizer) in found for optimizer in _OPTIMIZERS)
+        if any((task, each) in found for each in _OPTIMIZERS)
     ]
     return lines(["", *_OPTIMIZERS.values()], rows)
+
+
+def _in_short() -> str:
+    """Return the range of the gains over the tasks of a kind and their optimizers, a line a kind."""
+    found, lined = _rows_of_study(), []
+    for kind, tasks in _IN_SHORT.items():
+        rows = [row for (task, _), row in found.items() if task in tasks]
+        gains = [
+            sorted(float(row[over].split()[0]) for row in rows)
+            for over in ("over the best cosine", "over the best")
+        ]
+        times = sorted(float(row["extra time"].rstrip("%")) for row in rows)
+        spans = [f"{values[0]:+.1f} to {values[-1]:+.1f}" for values in gains]
+        least, most = (f"{time:.0f}" for time in (times[0], times[-1]))
+        lined.append([kind, *spans, f"{least} %" if least == most else f"{least} to {most} %"])
+    return lines(["task", "over the best cosine", "over the best of three schedules", "time added"], lined)
 
 
 def _gains(row: Mapping[str, str]) -> str:
@@ -227,6 +258,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "gpu probe": _gpu_probe,
     "gpu training": _training("gpu/training.md"),
     "gpu tree": _tree("gpu/tree.md"),
+    "in short": _in_short,
     "held back": _held_back,
     "paper": _paper,
     "probe": _probe,
