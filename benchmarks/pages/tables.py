@@ -32,13 +32,13 @@ TASKS: Mapping[str, str] = {
 }
 """What the tasks of the study are called in the docs."""
 _IN_SHORT = {
-    "text, from scratch": ("transformer", "lstm", "gru"),
-    "images, from scratch": ("digits", "images", "vit"),
-    "a loss with noise: diffusion, masking, VAE": ("diffusion", "masked", "vae"),
-    "a small regression": ("friedman",),
-    "fine-tuning": ("finetuned-images", "finetuned-text"),
-    "adapters, 80 steps": ("speakers-adapters",),
-    "a fifth of the labels wrong": ("noise",),
+    "text from scratch, % of the loss": ("transformer", "lstm", "gru"),
+    "images from scratch, points": ("digits", "images", "vit"),
+    "diffusion, masking, VAE, % of the loss": ("diffusion", "masked", "vae"),
+    "a small regression, % of the loss": ("friedman",),
+    "fine-tuning, points or %": ("finetuned-images", "finetuned-text"),
+    "adapters, 80 steps, points": ("speakers-adapters",),
+    "a fifth of the labels wrong, points": ("noise",),
 }
 _GAMES = {
     "GAN": "GAN",
