@@ -30,11 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"filled {path.relative_to(ROOT)}")
     if args.tables:
         return
-    from .pictures import PICTURES  # noqa: PLC0415, which needs matplotlib, and scikit-learn for a run
+    # These need matplotlib, and scikit-learn for a run.
+    from ..saving import save  # noqa: PLC0415
+    from .pictures import PICTURES  # noqa: PLC0415
 
     for name, draw in PICTURES.items():
         path = ROOT / "docs/pictures" / name
-        draw().savefig(path, dpi=150)
+        save(draw(), path, dpi=150)
         print(f"drew {path.relative_to(ROOT)}")
 
 

@@ -37,7 +37,7 @@ _LENGTHS = [length / 20 for length in range(31)]
 
 @functools.cache
 def _found() -> Found:
-    return outcomes(read(RESULTS / "runs.jsonl"))
+    return outcomes(read(RESULTS / "runs.jsonl.xz"))
 
 
 def any_start() -> Figure:
