@@ -17,7 +17,7 @@ from ._evaluators import Evaluator, Prober, resolve_evaluator
 from ._isolation import Closure, ClosureError, check_loss
 from ._level import Level
 from ._level.annealing import Annealing
-from ._machine.ranks import ProcessGroup, check_shards, is_distributed, mean_over_ranks
+from ._machine.ranks import ProcessGroup, check_process_group, check_shards, is_distributed, mean_over_ranks
 from ._machine.warning import WarnOnce
 from ._optimizers import Optimizers
 from ._probing import Batch, Probing, take_part
@@ -41,6 +41,7 @@ __all__ = ["AutoLR"]
 _CALIBRATED = 20  # steps
 _AT_ONCE = 2  # candidates of a look in a search, where no rule says
 _AVERAGED = 10  # steps between two points whose mean shows the heat; fewer where probes are closer
+_LATE = 2  # steps of the optimizer without one of the scheduler, beyond which a warning tells
 _READS_SINCE = 2  # version of a state: before, the level followed another rule
 
 _log = logging.getLogger("autolr_fast")
@@ -148,6 +149,7 @@ class AutoLR(LRScheduler):
             check_shards(model, optimizers.parameters)
         candidate_parameters(model, optimizers)
         memory = memory_for(snapshots, optimizers.parameters)
+        check_process_group(process_group)
         check_fraction("probe_until_fraction", probe_until_fraction, of="total_steps")
         if not (rule is None or isinstance(rule, Rule)):
             raise TypeError(f"rule={rule!r}: expected None, or a Rule such as Rule(factors={FACTORS_3})")
@@ -294,6 +296,8 @@ class AutoLR(LRScheduler):
             raise TypeError(f"closure={closure!r}: {_EXPECTED}")
         self._counter.check_in_use()
         step = self._counter.steps + 1
+        if step - max(self.last_epoch, 0) > _LATE:
+            self._warn_once(_NOT_STEPPED)
         is_due = self._tracker.schedule.window_at(step) is not None
         if not (is_due or _may_move(self._level.new_groups()) or self._hooks.may_be_first()):
             return
@@ -600,8 +604,12 @@ _TWICE = (
     "are its micro-batches, and a probe runs the last one. Return the sum of all terms of a loss from one closure; "
     "evaluate without scheduler.loss; a batch that was skipped is forgotten"
 )
+_NOT_STEPPED = (
+    "the optimizer has stepped several times, and scheduler.step() did not follow: call it after every "
+    "optimizer.step(), or no learning rate is found"
+)
 _GOES_ON = (
     "the optimizer has trained before, so AutoLR starts from its lr ({}) and does not search: give "
-    "calibration_steps=20 to search, or 0 to agree"
+    "calibration_steps=20 to search, or 0 to agree. Annealing begins anew: load AutoLR's state to go on instead"
 )
 _EVALUATE = "call it with gradients on; to evaluate, call loss_fn(model(x), y) itself"

@@ -198,7 +198,8 @@ def test_retaken_says_where_parameters_moved(lr0, caplog):
             torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-5)
         record = caplog.records[-1]
         assert (record.name, record.levelno, len(caplog.records)) == ("autolr_fast", logging.INFO, lines + 1)
-        assert f"took the last steps again, {ratio:g} times as long" in record.getMessage()
+        what = f"took the last steps again, {ratio:g} times as long" if ratio else "undid the last steps"
+        assert f"{what}, and moved the parameters" in record.getMessage()
         assert repr(scheduler.last_probe) in record.getMessage()
         assert f"retaken={ratio:.4g}, " in repr(scheduler.last_probe)
     assert moved_at == [1, 6]

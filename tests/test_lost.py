@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from autolr_fast import AutoLR, Rule
 
-from .helpers import assert_same, between, everything, parameters_of, raise_rate
+from .helpers import assert_same, between, everything, mlp, parameters_of, raise_rate
 
 SPAN = 11  # steps from where averages begin to a probe
 SPIKE, PROBED = 38, 40  # the step that loses the training, and one that is probed after it
@@ -223,3 +225,25 @@ def test_a_closure_that_raises_meanwhile_loses_nothing(raise_at):
     scheduler.step(closure)
     assert scheduler.last_probe.retaken is not None
     assert_same(everything(model, optimizer), everything(*twin[:2]))
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9), torch.optim.SGD])
+@pytest.mark.parametrize("bad", [2, 4, 13])
+def test_one_batch_without_numbers_among_the_first_undoes_one_step(make, bad):
+    """The states of optimizers would keep what is no number, and every later step would be undone."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = make(model.parameters(), lr=1e-3)
+    scheduler = AutoLR(optimizer, model, total_steps=100)
+    for step in range(1, 41):
+        x = torch.randn(32, 5)
+        y = x[:, :3].argmax(1)
+        if step == bad:
+            x[0, 0] = math.nan
+        optimizer.zero_grad()
+        loss = scheduler.loss(lambda x=x, y=y: F.cross_entropy(model(x), y))
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    assert [probe.step for probe in scheduler.history if probe.retaken == 0] in ([bad], [bad + 1])
+    assert loss.item() < 0.8

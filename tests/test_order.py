@@ -396,3 +396,26 @@ def test_a_group_that_is_new_may_have_its_own_rate(probed):
     scheduler.step(lambda: loss_of(model))
     first, second = scheduler.get_last_lr()
     assert first / second == pytest.approx(5)
+
+
+@pytest.mark.parametrize("every", [3, 1000])
+def test_steps_of_the_optimizer_that_the_scheduler_does_not_follow_are_told_once(every):
+    """As with one call an epoch, or none."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scheduler = AutoLR(optimizer, model, calibration_steps=0)
+
+    def train(steps):
+        for step in range(1, steps + 1):
+            x = torch.randn(12, 5)
+            optimizer.zero_grad()
+            scheduler.loss(lambda x=x: model(x).square().mean()).backward()
+            optimizer.step()
+            if step % every == 0:
+                scheduler.step()
+
+    train(2)
+    with pytest.warns(UserWarning, match="call it after every optimizer.step()") as told:
+        train(7)
+    assert len([each for each in told if "call it after every" in str(each.message)]) == 1

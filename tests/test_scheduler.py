@@ -18,6 +18,7 @@ from autolr_fast import (
     FACTORS_3,
     FACTORS_5,
     FACTORS_7,
+    ALRTree,
     AutoLR,
     ClosureError,
     InPlace,
@@ -407,7 +408,7 @@ def test_a_closure_that_never_comes_is_refused_when_calibration_ends(calibration
         train_step(model, optimizer, loss_of)
         scheduler.step()
     train_step(model, optimizer, loss_of)
-    with pytest.raises(ClosureError, match="no learning rate was searched for.*SequentialLR and ChainedScheduler"):
+    with pytest.raises(ClosureError, match="no learning rate was searched for.*SequentialLR cannot hold"):
         scheduler.step()
 
 
@@ -1092,3 +1093,15 @@ def test_it_is_a_scheduler_without_reference_cycles():
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: AutoLR(sgd(model), model, process_group="gpu"),
+        lambda model: ALRTree(model, torch.nn.functional.mse_loss, lr=[0.1, 1.0], process_group="gpu"),
+    ],
+)
+def test_a_process_group_is_one(make):
+    with pytest.raises(TypeError, match="process_group='gpu': expected a group as torch.distributed.new_group"):
+        make(mlp())

@@ -191,7 +191,8 @@ class Prober:
             f"scheduler.loss returned {own:.6g}, and the closure now returns {again:.6g} at the same "
             "parameters: probes are not judged by the loss of the step. The closure reads something that has "
             "changed since: a batch that a function inside of it looks up late, or changes in place, or what "
-            "the model keeps from one forward to the next. Pass the batch as in partial(loss_of, x, y)"
+            "the model keeps from one forward to the next, or parameters that an optimizer moves which AutoLR was "
+            "not given. Pass the batch as in partial(loss_of, x, y), and all optimizers as AutoLR([a, b], model)"
         )
 
     def _differs_with_gradients(self, closure: Replay, without: Tensor) -> bool:

@@ -64,8 +64,10 @@ def scalar_loss(closure: Closure) -> Tensor:
 def check_loss(loss: object) -> None:
     """Raise a ClosureError if something is no scalar loss."""
     if not isinstance(loss, Tensor):
+        what = repr(loss) if isinstance(loss, (int, float, type(None))) else "several values or an object"
         raise ClosureError(
-            f"closure returned {loss!r} ({type(loss).__name__}), not a loss tensor: {REMEDY}, without .item()"
+            f"closure returned {what} ({type(loss).__name__}), not a loss tensor: {REMEDY}; the tensor alone, as "
+            "output.loss, without .item()"
         )
     if loss.numel() != 1:
         raise ClosureError(

@@ -26,9 +26,9 @@ class Heat:
     """Knows the gain of a training and the heat of its steps, and turns them into moves of the level.
 
     The *gain* is by how much the mean loss falls in a doubling of the steps done. It comes from all losses: two
-    means, in which the loss of step s weighs as s and as s cubed, differ by what is won over the last e-fold of the
-    steps. The *heat* is what averaging would win: the loss of a batch where its step began, less the loss at a mean
-    of these parameters and those of some steps before. No step has seen that batch.
+    means, in which the loss of step s weighs as s and as s cubed, differ by a quarter of what is won over the last
+    e-fold of the steps. The *heat* is what averaging would win: the loss of a batch where its step began, less the
+    loss at a mean of these parameters and those of some steps before. No step has seen that batch.
 
     A level is too low while its heat is a small share of the gain, and too high once it is a large one, on all
     networks that were tried. Both are differences of losses: scaling a loss, or adding to it, changes nothing. The

@@ -17,6 +17,7 @@ else:
 
 __all__ = [
     "ProcessGroup",
+    "check_process_group",
     "check_shards",
     "is_distributed",
     "is_sharded",
@@ -30,6 +31,16 @@ __all__ = [
 def is_distributed() -> bool:
     """Whether there may be other ranks."""
     return dist.is_available() and dist.is_initialized()
+
+
+def check_process_group(process_group: object) -> None:
+    """Raise a TypeError if something is no process group."""
+    if process_group is None or (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        return
+    raise TypeError(
+        f"process_group={process_group!r}: expected a group as torch.distributed.new_group returns it, or None for "
+        "the default group"
+    )
 
 
 def mean_over_ranks(tensor: Tensor, process_group: ProcessGroup | None) -> Tensor:

@@ -144,9 +144,12 @@ class Probing:
             evaluator=self._prober.evaluator.name,
         )
         if probe.retaken is not None:
-            _log.info(
-                "took the last steps again, %g times as long, and moved the parameters: %r", probe.retaken, probe
+            what = (
+                f"took the last steps again, {probe.retaken:g} times as long"
+                if probe.retaken
+                else "undid the last steps"
             )
+            _log.info("%s, and moved the parameters: %r", what, probe)
         return probe
 
     def _left_out(self, batch: Batch, is_close: bool, now: int) -> tuple[bool, bool]:
@@ -226,7 +229,9 @@ class Probing:
             return seen_at(seen, moved)
         self.pace.hold()  # one such step is seldom the last
         self._level.fall(again.taken, with_ceiling=False)
-        return seen_at(seen, torch.full_like(cost, again.taken), again, self._retake(line, again.taken, now))
+        # What is no number stays in the states of optimizers, and would undo each step to come.
+        retaken = self._retake(line, again.taken, now, begin_anew=not cost.isfinite())
+        return seen_at(seen, torch.full_like(cost, again.taken), again, retaken)
 
     def _follow(self, line: StepLine | GradientLine | None, batch: Batch, now: int) -> Seen | None:
         """Move the level by the heat, and by the rule if there is one; if they lost all, take the steps again.

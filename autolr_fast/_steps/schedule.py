@@ -135,7 +135,7 @@ class ProbeTracker:
                 f"none of the probes due in {steps.stop - 1} steps could be made, so no learning rate was searched "
                 "for. The loss of each step goes through AutoLR: "
                 + _LOOP
-                + ". SequentialLR and ChainedScheduler cannot hold an AutoLR: it anneals by itself"
+                + ". SequentialLR cannot hold an AutoLR: it anneals by itself"
             )
         return f"a probe was due, but no loss came through AutoLR for this step, and the level stays: {_LOOP}"
 

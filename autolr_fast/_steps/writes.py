@@ -55,7 +55,11 @@ class Writes:
         self._ended, self._left, self._taken_back = now, now, None
         if ended is not None and _distance(ended, now) > _ROUNDING * self._length:
             return _BETWEEN
-        if before is not None and 2 * _distance(now, before[1]) < _distance(now, before[0]):
+        if (
+            before is not None
+            and before[1].isfinite().all()
+            and 2 * _distance(now, before[1]) < _distance(now, before[0])
+        ):
             return _HIDDEN
         return ""
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._machine.ranks import ProcessGroup, is_distributed
+from .._machine.ranks import ProcessGroup, check_process_group, is_distributed
 
 __all__ = ["Ranks"]
 
@@ -23,6 +23,7 @@ class Ranks:
     """
 
     def __init__(self, process_group: ProcessGroup | None = None):
+        check_process_group(process_group)
         self._group = process_group
         self.count = dist.get_world_size(process_group) if is_distributed() else 1
         self.rank = dist.get_rank(process_group) if is_distributed() else 0

@@ -115,7 +115,7 @@ def _in_short() -> str:
         spans = [f"{values[0]:+.1f} to {values[-1]:+.1f}" for values in gains]
         least, most = (f"{time:.0f}" for time in (times[0], times[-1]))
         lined.append([kind, *spans, f"{least} %" if least == most else f"{least} to {most} %"])
-    return lines(["task", "over the best cosine", "over the best of three schedules", "time added"], lined)
+    return lines(["task", "over the best cosine", "over the better of cosine and one cycle", "time added"], lined)
 
 
 def _gains(row: Mapping[str, str]) -> str:

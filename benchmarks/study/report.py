@@ -48,7 +48,7 @@ def table(found: Found, tasks: Sequence[str]) -> list[str]:
     """Return the table of a group of tasks: a line a task and optimizer.
 
     It has the best rate of each schedule and the result from there; what AutoLR gains over the best cosine, and
-    over the best of the three schedules; the time that it adds, and how many seeds are compared.
+    over the best of all schedules that were run; the time that it adds, and how many seeds are compared.
     """
     return _table(found, [(task, optimizer, "AutoLR") for task in tasks for optimizer in trained_by(task)])
 
@@ -59,14 +59,15 @@ def held_back_table(found: Found) -> list[str]:
 
 
 def _table(found: Found, lines: Sequence[tuple[str, str, str]]) -> list[str]:
-    heads = ["", *SCHEDULES, "over the best cosine", "over the best", "extra time", "seeds"]
+    run = [schedule for schedule in SCHEDULES if any(method == schedule for _, _, method in found)]
+    heads = ["", *run, "over the best cosine", "over the best", "extra time", "seeds"]
     table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for task, optimizer, method in lines:
         tuned = _tuned(found, task, optimizer, SCHEDULES)
         auto = found.get((task, optimizer, method))
         if not tuned and auto is None:
             continue
-        cells = [_best(tuned[schedule]) if schedule in tuned else "" for schedule in SCHEDULES]
+        cells = [_best(tuned[schedule]) if schedule in tuned else "" for schedule in run]
         over = [_gains_over(auto, _tuned(found, task, optimizer, of)) for of in (("cosine",), SCHEDULES)]
         cells += [_with_starts(gains) if gains else "" for gains in over]
         cells += [f"{auto.extra:.0%}" if auto else "", f"{len(of_seeds(over[1]))}" if over[1] else ""]
@@ -91,7 +92,8 @@ def _gains_over(auto: Outcome | None, tuned: Mapping[str, Outcome]) -> Gains:
 
 def _best(tuned: Outcome) -> str:
     lr, result = tuned.best()
-    return f"{lr:g}{' (the end)' if lr in (tuned.grid[0], tuned.grid[-1]) else ''}: {result:.4g}"
+    end = " (the end)" if lr in (tuned.grid[0], tuned.grid[-1]) else ""
+    return f"{lr:g}{end} of {sum(lr in tuned.grid for lr in tuned.results)}: {result:.4g}"
 
 
 def _with_starts(gains: Gains) -> str:
@@ -325,7 +327,7 @@ def _range(found: Found, name: str, methods: Sequence[str]) -> tuple[float, floa
 
 def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
     """Return the page of the study."""
-    lines = ["# From any start, against the best of three schedules", "", *_INTRODUCTION, ""]
+    lines = ["# From any start, against the best of tuned schedules", "", *_INTRODUCTION, ""]
     for title, tasks in GROUPS.items():
         lines += [f"## {title}", "", *table(found, tasks), "", count(found, tasks), ""]
     for title, text, tables in _sections(rows, found, methods):
@@ -342,11 +344,12 @@ def page(rows: Sequence[Row], found: Found, methods: Sequence[str]) -> str:
 _INTRODUCTION = [
     "Gains are in points of accuracy, or in % of the loss. Each run is compared with the run of the same seed.",
     "",
-    '- A schedule\'s column has its best rate and the median result from there. "The end" is an end of the grid.',
+    "- A schedule's column has its best rate, of how many that were run, and the median result from there.",
+    '- "The end" is an end of the grid.',
     f"- AutoLR starts from {', '.join(f'{lr:g}' for lr in STARTS)}. Its gain is the median over the starts.",
     "- Behind ± stands the standard error over the seeds: a gain of less than two is noise.",
     "- In brackets stand the worst and the best start, each the median over the seeds.",
-    '- "The best" is the best of the three schedules. All of them are tuned over six or seven rates.',
+    '- "The best" is the best of the schedules that were run, over the seeds of the one with the fewest.',
     "- Extra time is that of the scheduler's step. What its hooks add to the optimizer's step is not in it.",
 ]
 _FEW = ", ".join(f"{lr:g}" for lr in FEW_STARTS)

@@ -58,10 +58,16 @@ def _reading(place: str) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """Return the rows of a compressed file of JSON lines; none if there is no such file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in lzma.decompress(path.read_bytes()).splitlines()]
+    """Return the rows of a compressed file of JSON lines; none of no such file, nor of a stream that was cut."""
+    left, rows = path.read_bytes() if path.exists() else b"", []
+    while left:
+        stream = lzma.LZMADecompressor()
+        text = stream.decompress(left)
+        if not stream.eof:  # killed while it wrote
+            break
+        rows += map(json.loads, text.splitlines())
+        left = stream.unused_data
+    return rows
 
 
 def add_row(path: Path, row: Row) -> None:
@@ -120,6 +126,7 @@ def run_missing(
     count = len(missing)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        _write(path, rows)
         for row in _run(work, missing, Places(args.images, args.cache, args.text), args.jobs, args.minutes):
             add_row(path, row)
             count -= 1

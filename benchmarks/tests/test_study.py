@@ -688,6 +688,8 @@ def test_only_what_is_missing_is_trained(tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in lzma.decompress((tmp_path / "runs.jsonl.xz").read_bytes()).splitlines()]
     assert [row["lr"] for row in rows] == [*STARTS, STARTS[0]]
     assert [row["optimizer"] for row in rows] == ["SGD"] * 5 + ["momentum"]
+    with (tmp_path / "runs.jsonl.xz").open("ab") as file:
+        file.write(lzma.compress(b"{}")[:-9])  # of a run that was killed as it wrote
     study.main([*command, "--methods", "cosine", "--forget"])
     study.main([*command, "--seeds", "2", "--forget"])
     assert capsys.readouterr().out == "0 runs are forgotten, 6 are left\n6 runs are forgotten, 0 are left\n"
@@ -761,23 +763,23 @@ def test_a_table_compares_with_the_best_schedules_of_the_same_seed():
     rows += [row("AutoLR", lr, seed, 92.0 + 2 * seed) for lr in (1e-4, 1.0) for seed in (0, 1, 2)]
     rows += [row("AutoLR", 10.0, seed, None) for seed in (0, 1, 2)]
     rows += [row("AutoLR", 1.0, 7, 100.0)]  # to be compared with nothing
-    cells = "| 0.1: 91 | 3 (the end): 91.5 |  |"
+    cells = "| 0.1 of 6: 91 | 3 (the end) of 1: 91.5 |"
     # 2, 3 and 4 over the cosine: their error is 1 / sqrt(3)
     gains = "+3.0 ± 0.6 (-91.0 .. +3.0) | +2.5 ± 0.6 (-91.5 .. +2.5)"
     assert table(outcomes(rows), ["digits"])[2:] == [f"| digits, SGD {cells} {gains} | 10% | 3 |"]
     rows += [{**row(method, 1.0, 0, 90.0), "task": "noise"} for method in ("cosine", "AutoLR")]  # one seed
     same = "+0.0 (+0.0 .. +0.0)"
-    assert table(outcomes(rows), ["noise"])[2] == f"| noise, SGD | 1: 90 |  |  | {same} | {same} | 10% | 1 |"
+    assert table(outcomes(rows), ["noise"])[2] == f"| noise, SGD | 1 of 1: 90 |  | {same} | {same} | 10% | 1 |"
     rows += [{**row(HELD_BACK, 1.0, 0, 93.0), "task": "noise"}]
-    assert held_back_table(outcomes(rows))[3].startswith("| noise, SGD, held back | 1: 90 |  |  | +3.0 (")
+    assert held_back_table(outcomes(rows))[3].startswith("| noise, SGD, held back | 1 of 1: 90 |  | +3.0 (")
 
 
 def test_what_was_not_run_is_not_in_the_table():
     rows = [row("cosine", 1e-6, 0, 99.0), {**row("AutoLR", 1.0, 0, 90.0), "optimizer": "momentum"}]
     rows += [{**row("one cycle", 0.1, 0, 90.0), "optimizer": "AdamW"}]
     assert table(outcomes(rows), ["digits", "vae"])[2:] == [
-        "| digits, momentum |  |  |  |  |  | 10% |  |",
-        "| digits, AdamW |  | 0.1 (the end): 90 |  |  |  |  |  |",
+        "| digits, momentum |  |  |  |  | 10% |  |",
+        "| digits, AdamW |  | 0.1 (the end) of 1: 90 |  |  |  |  |",
     ]
 
 
@@ -900,7 +902,7 @@ def test_two_optimizers_are_compared_with_their_cosine_from_each_start():
     rows += [of_pair("AutoLR", 1.0, seed, 2.1) for seed in range(3)]
     rows += [{**row("AutoLR", 1.0, 0, 1.0), "task": "transformer"}]  # of one optimizer
     head, _, auto = paired_table(outcomes(rows))
-    assert head == "| transformer, 0.01: 2 | from 1e-06 | from 1 | median | worst |"
+    assert head == "| transformer, 0.01 of 2: 2 | from 1e-06 | from 1 | median | worst |"
     assert auto == "| AutoLR | +6.0 ± 0.6 | -5.0 ± 0.0 | +0.5 ± 0.3 | -5.0 |"
 
 
