@@ -188,8 +188,9 @@ def test_figures_are_in_the_results():
         accuracies = [accuracy for _, name, accuracy in runs if name == schedule]
         assert f"| {schedule} | {' | '.join(accuracies)} |" in demo.replace("**", "").replace("`", "")
     results = text_of("benchmarks/results/probe.md")
-    models = re.findall(r"^## (\w+): (.*?)(?=^## )", results, re.MULTILINE | re.DOTALL)
-    assert [name for name, _ in models] == ["mlp", "convnet", "resnet18", "transformer"]
+    models = re.findall(r"^## ([\w ]+): (.*?)(?=^## )", results, re.MULTILINE | re.DOTALL)
+    small = ["mlp", "perceptron", "small convnet", "convnet"]
+    assert [name for name, _ in models] == [*small, "resnet18", "transformer"]
     for name, section in models:
         seven = re.search(r"^\| 7 \| auto \((\w+)\) \| \S+ ms \| (\S+) \| (\S+) \|", section, re.MULTILINE).groups()
         three = re.search(r"^\| 3 \| auto \(\w+\) \| \S+ ms(?: \| \S+){3} \| (\S+) \|", section, re.MULTILINE)
