@@ -182,7 +182,7 @@ def run(**others):
 
 @pytest.mark.cpu  # the trainings are so small that a GPU would add launches, and nothing else
 def test_whatever_befalls_a_training():
-    run(max_examples=40, derandomize=True)
+    run(max_examples=25, derandomize=True)
 
 
 @pytest.mark.cpu
