@@ -147,8 +147,9 @@ class Heat:
         """Return the median heat in units of its limit, 0 to inf, and whether enough is known."""
         at, gain = self._at, self._gain()
         median, count = at.median(self._heats)
-        least = at.greater(gain, _LEAST * self._most)
-        ratio = at.where(least > 0, at.ratio(median, self.limit * least), at.number(math.inf))
+        allowed = self.limit * at.greater(gain, _LEAST * self._most)
+        divisor = at.where(allowed > 0, allowed, at.number(1.0))  # Python divides by no 0
+        ratio = at.where(allowed > 0, median / divisor, at.number(math.inf))
         ratio = at.where(median > 0, ratio, at.number(0.0))
         return ratio, (count >= _FEWEST) & at.is_finite(gain)
 

@@ -33,9 +33,6 @@ class Scalars(Protocol):
     def greater(self, one: Scalar, other: Scalar) -> Scalar:
         """Return the greater of two scalars."""
 
-    def ratio(self, above: Scalar, below: Scalar) -> Scalar:
-        """Return a quotient; by 0 too."""
-
     def is_finite(self, value: Scalar) -> Scalar:
         """Return whether a scalar is finite."""
 
@@ -61,12 +58,6 @@ class _OnCPU:
     @staticmethod
     def greater(one: float, other: float) -> float:
         return other if one < other or math.isnan(other) else one
-
-    @staticmethod
-    def ratio(above: float, below: float) -> float:
-        if below:
-            return above / below
-        return math.nan if math.isnan(above) or not above else math.copysign(math.inf, above)
 
     is_finite = staticmethod(math.isfinite)
 
@@ -96,10 +87,6 @@ class _Elsewhere:
     @staticmethod
     def greater(one: Tensor, other: Tensor) -> Tensor:
         return torch.maximum(one, other)
-
-    @staticmethod
-    def ratio(above: Tensor, below: Tensor) -> Tensor:
-        return above / below
 
     @staticmethod
     def is_finite(value: Tensor) -> Tensor:

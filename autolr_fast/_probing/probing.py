@@ -255,12 +255,12 @@ class Probing:
         if seen is None:
             return None
         cost = seen.costs[-1] if self._rule is None else seen.costs[self._rule.unscaled]
-        again = None
+        again, mean = None, mean_of(seen, cost)
         if steps is not None and self._level.value.is_cpu:
             look: LookAt = partial(self._look, batch, steps)
-            again = self._calibration.find_later(look, cost.item(), mean_of(seen, cost).item())
+            again = self._calibration.find_later(look, cost.item(), mean.item())
         # From here on nothing raises that a closure can cause.
-        self._see(mean_of(seen, cost, again), now)
+        self._see(mean if again is None else mean_of(seen, cost, again), now)
         weights = None
         if self._rule is None:
             says = seen.costs.isfinite().any() & seen.costs.any()  # where the loss is 0, nothing can be gained

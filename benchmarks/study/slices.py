@@ -126,12 +126,14 @@ def run_missing(
     count = len(missing)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _write(path, rows)
+        if missing:
+            _write(path, rows)  # without what a killed run left there
         for row in _run(work, missing, Places(args.images, args.cache, args.text), args.jobs, args.minutes):
             add_row(path, row)
+            rows.append(row)
             count -= 1
         if count < len(missing):
-            _write(path, read(path))
+            _write(path, rows)
     except (DataError, OSError) as error:
         parser.error(str(error))
     except ImportError as error:
